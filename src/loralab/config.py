@@ -1,0 +1,264 @@
+"""Run settings: frozen, strictly loaded from one TOML file plus `section.key=value` overrides.
+
+This module imports no torch. Every unknown key and bad value is reported at once, each unknown
+key with the nearest known one.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from loralab.errors import ConfigError, nearest
+
+MethodKind = Literal["lora", "full", "frozen", "head"]
+Task = Literal["classification", "causal"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A table of settings: frozen, no unknown keys, no silent conversion of kinds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSection(Section):
+    """Which base model, and what is put on top of it."""
+
+    name: str
+    task: Task = "classification"
+    num_labels: Annotated[int, Field(ge=2)] = 2
+    dtype: Dtype = "float32"
+    head_bias: bool = False
+    head_dropout: Fraction = 0.0
+    dropout: Fraction | None = None  # the base's own dropouts; None keeps them
+    pooling: Literal["native", "mean", "last"] = "native"
+
+
+class DataSection(Section):
+    """Which rows, from where, and which columns mean what.
+
+    `name` is a catalogue name, a hub id or a local folder; `train`, `validation` and `test` are
+    files (CSV, JSONL, Parquet), or the names of splits where `name` is a hub id.
+    """
+
+    name: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    train_rows: PositiveInt | None = None  # at most so many rows, chosen by hash
+    validation_rows: PositiveInt | None = None
+    test_rows: PositiveInt | None = None
+    max_tokens: PositiveInt = 256
+    min_rating: Annotated[float, Field(ge=0)] = 0.5  # rated texts with |rating| below are left out
+    text: str = "text"
+    label: str = "label"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    group: str | None = None  # the column that names a row's document
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Self:
+        if self.name is None and self.train is None:
+            raise ValueError("give data.name (a catalogue name, hub id or folder) or data.train")
+        return self
+
+
+class MethodSection(Section):
+    """How the model is fine-tuned. Each kind reads the keys that concern it."""
+
+    kind: MethodKind = "lora"
+    rank: PositiveInt = 16
+    alpha: Positive = 32.0
+    dropout: Fraction = 0.0
+    targets: str | list[str] = "all-linear"
+    exclude: list[str] = []
+    scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
+    init: str = "kaiming"
+    frozen_layers: Annotated[int, Field(ge=0)] | None = None  # None: the lower half
+    freeze_embedding: bool = True
+    whole_modules: list[str] = []
+
+
+class TrainingSection(Section):
+    """The optimisation: every number that decides the trained weights, and the device."""
+
+    learning_rate: Positive = 2e-4
+    head_learning_rate: Positive | None = None  # None: the same as learning_rate
+    batch_size: PositiveInt = 16
+    accumulation: PositiveInt = 1
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: Fraction = 0.06  # share of all steps
+    optimizer: Literal["adamw"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    epsilon: Positive = 1e-8
+    fused: bool = True
+    max_grad_norm: Positive | None = 1.0
+    activation_checkpointing: bool = False
+    cache_frozen_prefix: bool = False  # frozen lower blocks run once a row, without dropout
+    evaluations_per_epoch: PositiveInt = 1
+    patience: PositiveInt | None = None  # stop after so many validations without improvement
+    checkpoint_steps: PositiveInt = 50
+    evaluation_batch_size: PositiveInt = 64
+    device: str = "auto"
+    threads: PositiveInt | None = None
+    sinks: list[Literal["tensorboard", "wandb"]] = []
+
+
+class CompareSection(Section):
+    """The contest: which methods, which learning rates each, how many seeds at the best one."""
+
+    methods: list[MethodKind] = ["head", "lora", "frozen", "full"]
+    learning_rates: dict[MethodKind, list[Positive]] = {}
+    max_extensions: Annotated[int, Field(ge=0)] = 2
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3)] = [0, 1, 2]
+    storage_tasks: PositiveInt = 10  # N in the storage sum: N models against one base, N adapters
+    measured_steps: PositiveInt = 5
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> Self:
+        if len(set(self.methods)) < len(self.methods) or len(self.methods) < 2:
+            raise ValueError("compare.methods needs at least two different methods")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("compare.seeds holds a seed twice")
+        return self
+
+
+class RunConfig(Section):
+    """All settings of a run or a comparison."""
+
+    model: ModelSection
+    data: DataSection
+    method: MethodSection = MethodSection()
+    training: TrainingSection = TrainingSection()
+    compare: CompareSection = CompareSection()
+
+    def replace(self, **changes: Any) -> "RunConfig":
+        """A copy with `section__key=value` changed, checked like a fresh one."""
+        tables = self.model_dump()
+        for dotted, value in changes.items():
+            section, key = dotted.split("__", 1)
+            tables[section][key] = value
+        return parse_config(tables)
+
+    def to_toml(self) -> str:
+        """The complete settings as TOML text (keys without a value are left out)."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in RunConfig.model_fields.items()
+    if isinstance(field.annotation, type)
+}
+
+
+def parse_config(tables: dict[str, Any], source: str = "the settings") -> RunConfig:
+    """Tables of settings -> `RunConfig`.
+
+    Raises `ConfigError` that lists every unknown key (with the nearest one) and every bad value.
+    """
+    try:
+        return RunConfig.model_validate(tables)
+    except ValidationError as error:
+        faults = [_describe(fault) for fault in error.errors()]
+        listed = "\n".join(f"  - {fault}" for fault in faults)
+        raise ConfigError(
+            f"{source}: {len(faults)} fault{'s' if len(faults) > 1 else ''}\n{listed}",
+            "mend them all and start again; `loralab init` writes a commented recipe.",
+        ) from None
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe (a TOML file, or the name of a shipped one) with `section.key=value` overrides.
+
+    Raises `ConfigError` for a recipe that is not found or is no TOML, and as `parse_config` does.
+    """
+    tables = read_recipe(recipe)
+    for override in overrides:
+        _apply(tables, override)
+    return parse_config(tables, source=str(recipe))
+
+
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """The tables of a recipe file or of a shipped recipe named without path and suffix."""
+    path = Path(recipe)
+    shipped = resources.files("loralab") / "recipes" / f"{recipe}.toml"
+    if path.is_file():
+        data = path.read_bytes()
+    elif path.name == str(recipe) and shipped.is_file():
+        data = shipped.read_bytes()
+    else:
+        names = ", ".join(shipped_recipes())
+        raise ConfigError(
+            f"no recipe {str(recipe)!r}: neither a file nor a shipped recipe ({names})",
+            "give the path of a TOML file, or write one with `loralab init`.",
+        )
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{recipe}: not UTF-8 text ({error})", "save the file as UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{recipe}: not valid TOML: {error}", "mend that line.") from None
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that travel inside the package."""
+    folder = resources.files("loralab") / "recipes"
+    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def _apply(tables: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    *parents, key = dotted.strip().split(".")
+    if not equals or not parents or not key:
+        raise ConfigError(
+            f"override {override!r} is not of the form section.key=value",
+            "write for example method.rank=8 or training.learning_rate=1e-3.",
+        )
+    place = tables
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is no table", "check the key.")
+    place[key] = _toml_value(text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    """A value as TOML reads it; words that are no TOML value are strings."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _describe(fault: Any) -> str:
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {place}; {nearest(str(fault['loc'][-1]), _siblings(fault['loc']))}"
+    if fault["type"] == "missing":
+        return f"{place} is missing"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    given = fault["input"]
+    shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+    return f"{place}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _siblings(loc: tuple[Any, ...]) -> list[str]:
+    if len(loc) == 1:
+        return list(SECTIONS)
+    section = SECTIONS.get(str(loc[0]))
+    return list(section.model_fields) if section else []
