@@ -1,0 +1,342 @@
+"""The command line: parse, call, print. Heavy imports happen inside the verbs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loralab import __version__
+from loralab.errors import ConfigError, LoralabError, nearest
+
+if TYPE_CHECKING:
+    from loralab.console import Console
+
+RECIPE_HELP = """
+RECIPE is a TOML file or the name of a shipped recipe (demo, smollm2-reviews,
+llama-3.2-1b-imdb). Any setting is overridden by section.key=value.
+"""
+
+
+class Verbs(click.Group):
+    """The verbs in the order of a first use; an unknown one gets the nearest name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in self.commands and not name.startswith("-"):
+            raise click.UsageError(f"no verb {name!r}; {nearest(name, self.commands)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _common(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--json and --quiet, on every verb."""
+    function = click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document on stdout."
+    )(function)
+    return click.option("--quiet", is_flag=True, help="No talk on stderr but warnings.")(function)
+
+
+def _recipe(function: Callable[..., Any]) -> Callable[..., Any]:
+    """RECIPE and overrides, with the few real flags."""
+    function = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")(function)
+    function = click.argument("recipe", required=False)(function)
+    return click.option("--model", help="Short for model.name=...")(function)
+
+
+def _settings(recipe: str | None, overrides: tuple[str, ...], model: str | None) -> Any:
+    from loralab.config import load_config
+
+    if recipe is None:
+        raise ConfigError(
+            "no recipe given",
+            "name one (`loralab train demo`), or write your own with `loralab init`.",
+        )
+    named = () if model is None else (f'model.name="{model}"',)
+    return load_config(recipe, (*overrides, *named))
+
+
+def _console(as_json: bool, quiet: bool = False) -> "Console":
+    """The console, imported when there is something to print: `--help` stays instant."""
+    from loralab.console import Console
+
+    return Console(as_json=as_json, quiet=quiet)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="loralab")
+def app() -> None:
+    """Fine-tune with low-rank adapters, and prove that it worked.
+
+    \b
+    Examples:
+      loralab compare demo                    LoRA, frozen, full and head, honestly
+      loralab init my.toml                    write a commented recipe
+      loralab train my.toml method.rank=8     train, with one setting changed
+      loralab evaluate runs/my                score a finished run
+      loralab generate runs/my "A prompt"     try it
+
+    \b
+    Exit codes: 0 done, 1 ran and failed, 2 usage or settings, 130 interrupted
+    after a checkpoint (the resume command is printed).
+    """
+
+
+@app.command()
+@click.argument("path", default="recipe.toml", type=click.Path(path_type=Path))
+@click.option("--model", default="minilm", show_default=True, help="Base model of the recipe.")
+@click.option("--data", default="movie-reviews", show_default=True, help="Data of the recipe.")
+@_common
+def init(path: Path, model: str, data: str, as_json: bool, quiet: bool) -> None:
+    """Write a commented recipe.
+
+    \b
+    Examples:
+      loralab init
+      loralab init tweets.toml --model smollm2 --data tweets
+    """
+    from loralab.runs.init import write_recipe
+
+    console = _console(as_json, quiet)
+    write_recipe(path, model=model, data=data)
+    if as_json:
+        console.data({"recipe": str(path)})
+    else:
+        console.text(f"{path}\n\nNext: loralab doctor {path} && loralab train {path}")
+
+
+@app.command()
+@click.argument("names", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Fetch every entry.")
+@_common
+def fetch(names: tuple[str, ...], everything: bool, as_json: bool, quiet: bool) -> None:
+    """List the offline catalogue, or fetch entries into the cache.
+
+    \b
+    Examples:
+      loralab fetch                           what there is
+      loralab fetch minilm movie-reviews
+    """
+    from loralab.runs.fetch import catalogue, fetch_entries
+
+    console = _console(as_json, quiet)
+    if not names and not everything:
+        entries = catalogue()
+        if as_json:
+            console.data(entries)
+        else:
+            rows = [(e["name"], e["kind"], e["size"], e["licence"], e["about"]) for e in entries]
+            console.table(("name", "kind", "size", "licence", "what it is"), rows)
+        return
+    fetched = fetch_entries(names, everything=everything, listen=console.listen)
+    if as_json:
+        console.data(fetched)
+    else:
+        console.text("\n".join(f"{name}  {path}" for name, path in fetched.items()))
+
+
+@app.command(epilog=RECIPE_HELP)
+@_recipe
+@click.option("--output", type=click.Path(path_type=Path), help="The run's folder (must be new).")
+@click.option("--resume", type=click.Path(path_type=Path), help="Continue this run, bit for bit.")
+@_common
+def train(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    model: str | None,
+    output: Path | None,
+    resume: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Train one model by one method, evaluate it, write a report.
+
+    \b
+    Examples:
+      loralab train demo method.rank=8 --output runs/rank-8
+      loralab train --resume runs/rank-8
+    """
+    from loralab.runs import resume as resume_run
+    from loralab.runs import train as train_run
+
+    console = _console(as_json, quiet)
+    if resume is not None:
+        if recipe is not None or output is not None:
+            raise click.UsageError("--resume takes its settings and place from the run alone")
+        run = resume_run(resume, listen=console.listen)
+    else:
+        config = _settings(recipe, overrides, model)
+        run = train_run(config, output, listen=console.listen)
+    if as_json:
+        console.data(run.summary())
+    else:
+        console.text(run.describe())
+
+
+@app.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", help="Other rows: a catalogue name, hub id, folder or file.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    default="test",
+    show_default=True,
+)
+@_common
+def evaluate(run: Path, data: str | None, split: str, as_json: bool, quiet: bool) -> None:
+    """Score a finished run on held-out rows, with 95 % intervals.
+
+    \b
+    Examples:
+      loralab evaluate runs/rank-8
+      loralab evaluate runs/rank-8 --data tweets
+      loralab evaluate runs/rank-8 --data mine.csv
+    """
+    from loralab.runs import evaluate as evaluate_run
+    from loralab.runs.tables import evaluation_table
+
+    console = _console(as_json, quiet)
+    result = evaluate_run(run, data=data, split=split, listen=console.listen)
+    if as_json:
+        console.data(result)
+    else:
+        console.table(*evaluation_table(result))
+
+
+@app.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@_common
+def generate(
+    run: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Continue a prompt with a trained language model, or classify it with a classifier.
+
+    \b
+    Examples:
+      loralab generate runs/chat "Write a haiku about rank."
+      loralab generate runs/rank-8 "A gripping film from start to end."
+    """
+    from loralab.runs import generate as generate_from
+
+    console = _console(as_json, quiet)
+    answer = generate_from(
+        run,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        listen=console.listen,
+    )
+    if as_json:
+        console.data(answer)
+    else:
+        console.text(answer["text"])
+
+
+@app.command(epilog=RECIPE_HELP)
+@_recipe
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the comparison.")
+@_common
+def compare(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    model: str | None,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare methods honestly: bracketed rates, several seeds, paired intervals, a verdict.
+
+    Started again on the same folder it reuses every finished run.
+
+    \b
+    Examples:
+      loralab compare demo
+      loralab compare smollm2-reviews --output runs/reviews
+      loralab compare demo data.name=tweets 'compare.seeds=[0,1,2,3,4]'
+    """
+    from loralab.runs.compare import compare_methods
+    from loralab.runs.tables import comparison_table
+
+    console = _console(as_json, quiet)
+    config = _settings(recipe, overrides, model)
+    folder = output or Path("runs") / Path(str(recipe)).stem
+    comparison = compare_methods(config, folder, listen=console.listen)
+    if as_json:
+        console.data(comparison)
+        return
+    console.table(*comparison_table(comparison))
+    console.text(f"\n{comparison['verdict']}\n")
+    console.text(f"{folder / 'comparison.json'}\n{folder / 'report.html'}")
+
+
+@app.command(epilog=RECIPE_HELP)
+@_recipe
+@_common
+def doctor(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    model: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check a recipe on the real model and data, up to the second training step.
+
+    \b
+    Example:
+      loralab doctor my.toml training.learning_rate=2e-5
+    """
+    from loralab.runs.doctor import examine
+    from loralab.runs.tables import findings_table
+
+    console = _console(as_json, quiet)
+    findings = examine(_settings(recipe, overrides, model), listen=console.listen)
+    if as_json:
+        console.data(findings)
+    else:
+        console.table(*findings_table(findings))
+    if any(finding["level"] == "error" for finding in findings):
+        raise SystemExit(1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    as_json = "--json" in (arguments if arguments is not None else _argv())
+    try:
+        app.main(args=arguments, prog_name="loralab", standalone_mode=False)
+    except LoralabError as error:
+        _console(as_json).error(error)
+        return error.exit_code
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context else ""
+        _console(as_json).usage_error(error.format_message() + hint)
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        _console(as_json).usage_error("interrupted before there was anything to save")
+        return 130
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def _argv() -> list[str]:
+    import sys
+
+    return sys.argv[1:]
