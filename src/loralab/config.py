@@ -210,7 +210,9 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{recipe}: not UTF-8 text ({error})", "save the file as UTF-8.") from None
+        raise ConfigError(
+            f"{recipe}: not UTF-8 text ({error})", "save the file as UTF-8."
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{recipe}: not valid TOML: {error}", "mend that line.") from None
 
@@ -218,7 +220,9 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
 def shipped_recipes() -> list[str]:
     """Names of the recipes that travel inside the package."""
     folder = resources.files("loralab") / "recipes"
-    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )
 
 
 def _apply(tables: dict[str, Any], override: str) -> None:

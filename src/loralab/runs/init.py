@@ -1,0 +1,85 @@
+"""`loralab init`: a commented recipe to start from."""
+
+from pathlib import Path
+
+from loralab.config import parse_config
+from loralab.errors import OutputError
+from loralab.files import write_text
+
+TEMPLATE = """\
+# A recipe: every setting of a run. Override one on the command line with section.key=value.
+# Check it with `loralab doctor {path}`, train with `loralab train {path}`,
+# compare the methods with `loralab compare {path}`.
+
+[model]
+name = "{model}"          # a catalogue name (loralab fetch), a local transformers folder, or a hub id
+task = "classification"   # or "causal"
+num_labels = 2
+dtype = "float32"         # "bfloat16" is faster where the processor has the instructions
+pooling = "{pooling}"     # "native": the model's own (CLS, last real token); or "mean", "last"
+head_bias = false
+head_dropout = 0.0
+# dropout = 0.0           # overrides the base's own dropouts
+
+[data]
+name = "{data}"           # a catalogue name, a hub id or a folder; or give files:
+# train = "train.csv"     # CSV, JSONL or Parquet; without the next two, they are split off by hash
+# validation = "validation.csv"
+# test = "test.csv"
+text = "text"             # names of the columns
+label = "label"
+max_tokens = 128
+# train_rows = 2000       # at most so many rows
+min_rating = 0.5          # rated texts: leave out those with |mean rating| below
+
+[method]
+kind = "lora"             # "lora", "frozen", "full" or "head"
+rank = 16
+alpha = 32.0              # scale = alpha / rank
+scaling = "alpha/rank"    # or "alpha/sqrt(rank)" (rsLoRA)
+dropout = 0.0
+targets = "all-linear"    # or a list of names, or a regular expression
+# frozen_layers = 3       # for "frozen": the first k layers; default: the lower half
+freeze_embedding = true
+
+[training]
+learning_rate = {rate}     # LoRA wants about ten times the rate of full fine-tuning
+# head_learning_rate = 1e-2   # the new head's own rate
+batch_size = 16
+accumulation = 1
+epochs = 2
+schedule = "linear"       # "constant", "linear", "cosine"
+warmup = 0.06             # share of all steps
+weight_decay = 0.01
+max_grad_norm = 1.0
+seed = 0
+evaluations_per_epoch = 1 # validations; the best checkpoint is restored at the end
+# patience = 3            # stop after so many validations without improvement
+checkpoint_steps = 50     # a killed run resumes from the last one, bit for bit
+# activation_checkpointing = true
+device = "auto"           # cuda, then mps, then cpu
+
+[compare]
+methods = ["head", "lora", "frozen", "full"]
+seeds = [0, 1, 2]
+# learning_rates.lora = [1e-4, 3e-4, 1e-3]    # a grid a method; extended where the best is an edge
+"""
+
+
+def write_recipe(path: Path, *, model: str, data: str) -> None:
+    """Write a commented recipe to `path`, which must be new.
+
+    Raises `OutputError` where `path` exists or cannot be written.
+    """
+    if path.exists():
+        raise OutputError(f"{path} exists already", "choose another path, or delete it first.")
+    pooling = "mean" if model == "minilm" else "native"
+    text = TEMPLATE.format(path=path, model=model, data=data, pooling=pooling, rate="1e-3")
+    parse_config(_tables(text), source="the written recipe")
+    write_text(path, text)
+
+
+def _tables(text: str) -> dict[str, object]:
+    import tomllib
+
+    return tomllib.loads(text)
