@@ -160,8 +160,7 @@ def train(
       loralab train demo method.rank=8 --output runs/rank-8
       loralab train --resume runs/rank-8
     """
-    from loralab.runs import resume as resume_run
-    from loralab.runs import train as train_run
+    from loralab.runs import resume as resume_run, train as train_run
 
     console = _console(as_json, quiet)
     if resume is not None:

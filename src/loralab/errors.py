@@ -58,6 +58,10 @@ class OutputError(LoralabError):
     """An output place that exists already or cannot be written."""
 
 
+class RunError(LoralabError):
+    """A folder that is no run, or a run that is not what the verb needs."""
+
+
 class ResumeError(LoralabError):
     """A run that cannot be continued bit for bit."""
 
