@@ -1,0 +1,142 @@
+"""Downloads one pinned archive through pip, quietly, and says in words what went wrong."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from loralab.catalogue.entries import Archive
+from loralab.errors import FetchError, OutputError
+
+# pip asks a source package's build backend for its metadata, which runs the package's setup.py
+# (and first installs setuptools). All of that is known here, so a backend that only repeats the
+# name and version stands in: nothing of the package is executed, and nothing else is downloaded.
+_BACKEND = """\
+from pathlib import Path
+
+class _Backend:
+    def get_requires_for_build_wheel(self, config_settings=None):
+        return []
+
+    def prepare_metadata_for_build_wheel(self, metadata_directory, config_settings=None):
+        folder = Path(metadata_directory) / "{package}-{version}.dist-info"
+        folder.mkdir()
+        text = "Metadata-Version: 2.1\\nName: {package}\\nVersion: {version}\\n"
+        (folder / "METADATA").write_text(text)
+        return folder.name
+
+__legacy__ = _Backend()
+"""
+_POLL_SECONDS = 0.1
+
+
+def download(archive: Archive, folder: Path, tick: Callable[[int], None]) -> Path:
+    """The archive's file, downloaded into the empty folder `folder` and checked by hash.
+
+    `tick` is called now and then with the bytes that have come so far. A copy with wrong bytes
+    in pip's own cache is passed over. Raises `FetchError`, and `OutputError` on a full disk.
+    """
+    failure = ""
+    for extra in ([], ["--no-cache-dir"]):
+        code, talk = _run_pip(archive, folder, extra, tick)
+        packed = [path for path in (folder / "out").iterdir() if path.is_file()]
+        if code == 0 and len(packed) == 1:
+            return packed[0]
+        failure = talk
+        if "DO NOT MATCH THE HASHES" not in talk:
+            break
+    raise _explained(archive, folder, failure)
+
+
+def _run_pip(
+    archive: Archive, folder: Path, extra: list[str], tick: Callable[[int], None]
+) -> tuple[int, str]:
+    out, temporary = folder / "out", folder / "tmp"
+    for place in (out, temporary):
+        place.mkdir(exist_ok=True)
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n")
+    # TMPDIR: pip collects the download there, where its progress can be seen.
+    environment = os.environ | {name: str(temporary) for name in ("TMPDIR", "TEMP", "TMP")}
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--progress-bar", "off"]
+    command += ["--disable-pip-version-check", "--retries", "3", *extra]
+    command += ["--no-deps", "--require-hashes", "-r", str(pinned), "-d", str(out)]
+    if archive.is_source:
+        environment["PYTHONPATH"] = str(_stand_in_backend(archive, folder))
+        command += ["--no-binary", archive.package, "--use-pep517", "--no-build-isolation"]
+    else:
+        command += ["--only-binary", ":all:"]
+    talk = folder / "talk.txt"
+    with talk.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while process.poll() is None:
+                tick(_bytes_under(temporary) + _bytes_under(out))
+                time.sleep(_POLL_SECONDS)
+        finally:
+            if process.poll() is None:  # an interrupt or a callback that raised
+                process.kill()
+                process.wait()
+    return process.returncode, talk.read_text("utf-8", errors="replace")
+
+
+def _stand_in_backend(archive: Archive, folder: Path) -> Path:
+    place = folder / "backend"
+    package = place / "setuptools"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").write_text("")
+    text = _BACKEND.format(package=archive.package, version=archive.version)
+    (package / "build_meta.py").write_text(text)
+    return place
+
+
+def _bytes_under(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += (Path(parent) / name).stat().st_size
+            except OSError:  # pip has just moved it
+                continue
+    return total
+
+
+def _explained(archive: Archive, folder: Path, talk: str) -> FetchError | OutputError:
+    what = f"{archive.package} {archive.version}"
+    if "No module named pip" in talk:
+        return FetchError(
+            f"cannot download {what}: this Python environment ({sys.executable}) has no pip",
+            "add it with `python -m ensurepip` or `uv pip install pip`, then start again.",
+        )
+    if "No space left on device" in talk or "Errno 28" in talk:
+        return full_disk(folder, archive.num_bytes)
+    if "DO NOT MATCH THE HASHES" in talk:
+        return FetchError(
+            f"the package index gave other bytes for {what} than the pinned SHA-256 "
+            f"{archive.sha256}",
+            "check the index that pip uses (`pip config list`): its copy is damaged or altered.",
+        )
+    reasons = [line.strip() for line in talk.splitlines() if line.lstrip().startswith("ERROR:")]
+    reason = reasons[-1].removeprefix("ERROR:").strip() if reasons else "pip gave no reason"
+    return FetchError(
+        f"could not download {what} through pip: {reason}",
+        "connect to a network or a package index that has it (pip's own settings apply, such as "
+        "PIP_INDEX_URL), then start again; what is fetched once works without a network.",
+    )
+
+
+def full_disk(place: Path, num_bytes: int) -> OutputError:
+    """The error for a disk that has no room for `num_bytes` at `place`."""
+    return OutputError(
+        f"no space left on the disk of {place} ({num_bytes / 2**20:.0f} MiB are needed)",
+        "make room there, or name a roomier folder in LORALAB_CACHE.",
+    )
