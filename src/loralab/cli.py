@@ -160,15 +160,16 @@ def train(
       loralab train demo method.rank=8 --output runs/rank-8
       loralab train --resume runs/rank-8
     """
+    if resume is not None and (recipe is not None or output is not None):
+        raise click.UsageError("--resume takes its settings and place from the run alone")
+    console = _console(as_json, quiet)
+    config = None if resume else _settings(recipe, overrides, model)
+
     from loralab.runs import resume as resume_run, train as train_run
 
-    console = _console(as_json, quiet)
-    if resume is not None:
-        if recipe is not None or output is not None:
-            raise click.UsageError("--resume takes its settings and place from the run alone")
+    if config is None:
         run = resume_run(resume, listen=console.listen)
     else:
-        config = _settings(recipe, overrides, model)
         run = train_run(config, output, listen=console.listen)
     if as_json:
         console.data(run.summary())
@@ -268,11 +269,12 @@ def compare(
       loralab compare smollm2-reviews --output runs/reviews
       loralab compare demo data.name=tweets 'compare.seeds=[0,1,2,3,4]'
     """
+    console = _console(as_json, quiet)
+    config = _settings(recipe, overrides, model)
+
     from loralab.runs.compare import compare_methods
     from loralab.runs.tables import comparison_table
 
-    console = _console(as_json, quiet)
-    config = _settings(recipe, overrides, model)
     folder = output or Path("runs") / Path(str(recipe)).stem
     comparison = compare_methods(config, folder, listen=console.listen)
     if as_json:
@@ -299,11 +301,13 @@ def doctor(
     Example:
       loralab doctor my.toml training.learning_rate=2e-5
     """
+    console = _console(as_json, quiet)
+    config = _settings(recipe, overrides, model)
+
     from loralab.runs.doctor import examine
     from loralab.runs.tables import findings_table
 
-    console = _console(as_json, quiet)
-    findings = examine(_settings(recipe, overrides, model), listen=console.listen)
+    findings = examine(config, listen=console.listen)
     if as_json:
         console.data(findings)
     else:

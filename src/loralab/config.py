@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -66,7 +66,7 @@ class DataSection(Section):
     group: str | None = None  # the column that names a row's document
 
     @model_validator(mode="after")
-    def _has_a_source(self) -> Self:
+    def _has_a_source(self) -> "DataSection":
         if self.name is None and self.train is None:
             raise ValueError("give data.name (a catalogue name, hub id or folder) or data.train")
         return self
@@ -106,6 +106,7 @@ class TrainingSection(Section):
     beta2: Fraction = 0.999
     epsilon: Positive = 1e-8
     fused: bool = True
+    master_weights: bool = True  # fp32 copies of what is trained in a half-precision model
     max_grad_norm: Positive | None = 1.0
     activation_checkpointing: bool = False
     cache_frozen_prefix: bool = False  # frozen lower blocks run once a row, without dropout
@@ -129,7 +130,7 @@ class CompareSection(Section):
     measured_steps: PositiveInt = 5
 
     @model_validator(mode="after")
-    def _no_repeats(self) -> Self:
+    def _no_repeats(self) -> "CompareSection":
         if len(set(self.methods)) < len(self.methods) or len(self.methods) < 2:
             raise ValueError("compare.methods needs at least two different methods")
         if len(set(self.seeds)) < len(self.seeds):
