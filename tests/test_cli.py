@@ -10,7 +10,10 @@ from loralab.cli import app, main
 
 
 def test_help_and_import_load_no_torch():
-    probe = "import sys, loralab, loralab.cli; loralab.cli.main(['--help']); print('torch' in sys.modules)"
+    probe = (
+        "import sys, loralab, loralab.cli; loralab.cli.main(['--help']);"
+        "print('torch' in sys.modules)"
+    )
     ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert ran.stdout.endswith("False\n")
 

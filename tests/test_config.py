@@ -84,7 +84,7 @@ def test_a_recipe_that_is_no_toml_or_no_utf8(tmp_path):
 def test_settings_are_frozen_and_replaced_checked():
     config = parse_config(MINIMAL)
     assert config.replace(method__rank=4).method.rank == 4
-    with pytest.raises(ConfigError, match="method.rank"):
+    with pytest.raises(ConfigError, match=r"method\.rank"):
         config.replace(method__rank=0)
     with pytest.raises(Exception, match="frozen"):
         config.method.rank = 3  # type: ignore[misc]  (the point of the test)
