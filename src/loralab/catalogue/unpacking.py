@@ -4,6 +4,7 @@ Only members named in the catalogue are read, each as a plain stream into a path
 catalogue names: absolute paths, `..` and links in an archive can lead nowhere.
 """
 
+import io
 import shutil
 import tarfile
 import zipfile
@@ -14,7 +15,8 @@ from typing import IO
 
 from loralab.catalogue.entries import Archive, File
 
-Opener = Callable[[str], IO[bytes]]
+Stream = IO[bytes] | io.BufferedReader  # tarfile's streams are IO[bytes] only for type checkers
+Opener = Callable[[str], Stream]
 
 
 def unpack(packed: Path, archive: Archive, folder: Path) -> None:
@@ -45,7 +47,7 @@ def _copy(opener: Opener, member: str, folder: Path, file: File) -> None:
 
 
 @contextmanager
-def _opened(stream: IO[bytes], name: str) -> Iterator[Opener]:
+def _opened(stream: Stream, name: str) -> Iterator[Opener]:
     if name.endswith((".whl", ".zip")):
         with zipfile.ZipFile(stream) as wheel:
             yield lambda member: wheel.open(member)
@@ -54,7 +56,7 @@ def _opened(stream: IO[bytes], name: str) -> Iterator[Opener]:
             yield lambda member: _plain_member(tar, member)
 
 
-def _plain_member(tar: tarfile.TarFile, member: str) -> IO[bytes]:
+def _plain_member(tar: tarfile.TarFile, member: str) -> Stream:
     info = tar.getmember(member)
     content = tar.extractfile(info) if info.isreg() else None
     if content is None:
