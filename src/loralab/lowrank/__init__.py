@@ -35,6 +35,7 @@ from loralab.lowrank.initialisers import (
 )
 from loralab.lowrank.scaling import (
     SCALINGS,
+    ScalingName,
     Setting,
     alpha_of,
     alpha_over_rank,
@@ -68,6 +69,7 @@ __all__ = [
     "InputSpectrum",
     "Number",
     "RowStream",
+    "ScalingName",
     "Setting",
     "Start",
     "add",

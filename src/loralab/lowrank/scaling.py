@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from loralab.errors import AdapterError, nearest
 from loralab.lowrank.factors import Number
 
+ScalingName = str  # one of SCALINGS
+
 
 def alpha_over_rank(alpha: Number, rank: int) -> float:
     """Hu et al. 2021. Under Adam the start of training does not depend on rank."""
@@ -24,20 +26,20 @@ def alpha_over_sqrt_rank(alpha: Number, rank: int) -> float:
     return alpha / math.sqrt(rank)
 
 
-SCALINGS: dict[str, Callable[[Number, int], float]] = {
+SCALINGS: dict[ScalingName, Callable[[Number, int], float]] = {
     "alpha/rank": alpha_over_rank,
     "alpha/sqrt(rank)": alpha_over_sqrt_rank,
 }
 
 
-def scale_of(alpha: Number, rank: int, scaling: str = "alpha/rank") -> float:
+def scale_of(alpha: Number, rank: int, scaling: ScalingName = "alpha/rank") -> float:
     """The factor before `B @ A`. Raises `AdapterError` for an unknown scaling."""
     if scaling not in SCALINGS:
         raise AdapterError(f"unknown scaling {scaling!r}", nearest(scaling, SCALINGS))
     return SCALINGS[scaling](alpha, rank)
 
 
-def alpha_of(scale: Number, rank: int, scaling: str = "alpha/rank") -> float:
+def alpha_of(scale: Number, rank: int, scaling: ScalingName = "alpha/rank") -> float:
     """The alpha that gives this scale."""
     return scale / scale_of(1.0, rank, scaling)
 
@@ -75,7 +77,7 @@ class Setting:
 
     rank: int
     alpha: Number
-    scaling: str
+    scaling: ScalingName
     std: Number  # of A's entries at the start; `initial_std`
     learning_rate_A: Number  # noqa: N815  (A and B are the factors' names)
     learning_rate_B: Number  # noqa: N815
@@ -104,7 +106,7 @@ def equivalent(
     setting: Setting,
     *,
     rank: int | None = None,
-    scaling: str | None = None,
+    scaling: ScalingName | None = None,
     std: Number | None = None,
     alpha: Number | None = None,
 ) -> Setting:
