@@ -1,0 +1,31 @@
+"""Base models, their tokenizers and task heads; where their parts are; facts about sizes."""
+
+from loralab.models.classify import Pooling
+from loralab.models.load import Dtype, Task, build_model, load_model
+from loralab.models.prefix import replaced_prefix, run_prefix
+from loralab.models.presets import PRESETS
+from loralab.models.structure import (
+    blocks,
+    count_parameters,
+    embedding_parameters,
+    head_name,
+    lower_parameters,
+)
+from loralab.models.tokenizer import load_tokenizer
+
+__all__ = [
+    "PRESETS",
+    "Dtype",
+    "Pooling",
+    "Task",
+    "blocks",
+    "build_model",
+    "count_parameters",
+    "embedding_parameters",
+    "head_name",
+    "load_model",
+    "load_tokenizer",
+    "lower_parameters",
+    "replaced_prefix",
+    "run_prefix",
+]
