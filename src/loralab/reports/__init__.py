@@ -1,0 +1,52 @@
+"""Plain data -> one HTML file each, which opens without a network and reads without JavaScript.
+
+The room knows no other room's types: it takes dictionaries as they stand in comparison.json and in
+a run directory, and leaves out every part that is missing.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loralab.reports.comparison import comparison_page
+from loralab.reports.page import write_page
+from loralab.reports.run import run_page
+
+__all__ = ["write_comparison_report", "write_run_report"]
+
+
+def write_comparison_report(
+    comparison: Mapping[str, Any],
+    path: str | Path,
+    *,
+    loss_curves: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> None:
+    """Write the report of a comparison to `path`, whole or not at all.
+
+    `comparison` is what comparison.json holds. `loss_curves` has for each method a list of runs:
+    `{"run": str, "learning_rate": float, "seed": int, "train": [[step, loss], ...],
+    "validation": [[step, loss], ...]}`; runs at the best rate are drawn, where there are any.
+
+    Raises `OutputError` where the file cannot be written.
+    """
+    write_page(comparison_page(comparison, loss_curves), path)
+
+
+def write_run_report(run: Mapping[str, Any], path: str | Path) -> None:
+    """Write the report of one training run to `path`, whole or not at all.
+
+    Keys of `run`, each optional:
+    - `run` (its folder), `method`, `model`, `seed`, `steps`, `best_step`, `summary` (a sentence)
+    - `evaluation`: {split: {"rows": int, "metrics": {name: {"value" or "mean", "low", "high"}}}}
+    - `train`: [[step, loss], ...]; `validation`: [[step, loss, accuracy or nothing], ...]
+    - `learning_rates`: {parameter group: [[step, rate], ...]}
+    - `confusion_matrix`, `label_names`
+    - `per_class`: rows with label, precision, recall, f1, support
+    - `findings`: [{"level", "name", "message", "next_step"}, ...]; an empty list says "none"
+    - `parameters` and `timing`: tables, units by the end of the key (`_bytes`, `_seconds`)
+    - `commands`: [{"purpose", "command"}, ...]; `files`: [{"path", "bytes", "purpose"}, ...]
+    - `data`, `settings`, `machine`, `versions`: tables
+
+    Raises `OutputError` where the file cannot be written.
+    """
+    write_page(run_page(run), path)

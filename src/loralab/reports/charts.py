@@ -1,0 +1,380 @@
+"""Charts as data: plain rows -> Vega-Lite specifications.
+
+The specifications hold their own colours and data, so each can be lifted out of a page and drawn
+by any Vega-Lite. Inside a page its style sheet recolours axes and text for dark mode and print.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from loralab.reports.blocks import Swatch
+from loralab.reports.formats import finite
+
+Spec = dict[str, Any]
+
+# Told apart with every common colour blindness, and at least 3:1 on both paper and night.
+_STYLES = {
+    "lora": ("#0072b2", "circle"),
+    "frozen": ("#009e73", "square"),
+    "full": ("#d55e00", "triangle-up"),
+    "head": ("#aa4499", "diamond"),
+}
+_SPARE_STYLES = (("#8c7a00", "triangle-down"), ("#5f7183", "cross"), *_STYLES.values())
+_SHAPE_PATHS = {
+    "circle": "M6 1.5a4.5 4.5 0 1 0 .01 0Z",
+    "square": "M2 2h8v8h-8Z",
+    "triangle-up": "M6 1.2 11 10H1Z",
+    "triangle-down": "M6 10.8 11 2H1Z",
+    "diamond": "M6 .8 11.2 6 6 11.2 .8 6Z",
+    "cross": "M4.4 1h3.2v3.4H11v3.2H7.6V11H4.4V7.6H1V4.4h3.4Z",
+}
+_INK, _RULE = "#3d4650", "#dfe3e8"
+_LOG_RATIO = 5  # an axis whose values span more than this ratio is logarithmic
+_MAX_POINTS = 200  # a line in a chart is thinned to about so many points
+
+
+def swatches(methods: Iterable[str]) -> dict[str, Swatch]:
+    """A colour and a shape for each method: the four known ones always keep theirs."""
+    spare = iter(_SPARE_STYLES * 4)
+    styles: dict[str, Swatch] = {}
+    for method in methods:
+        colour, shape = _STYLES.get(method) or next(spare, _SPARE_STYLES[0])
+        styles[method] = Swatch(method, colour, shape, _SHAPE_PATHS[shape])
+    return styles
+
+
+def learning_rate_chart(
+    points: Sequence[Mapping[str, Any]], swatch: Swatch, domain: Sequence[float], description: str
+) -> Spec:
+    """Validation loss against learning rate.
+
+    Each point has `rate`, `loss`, `accuracy` (or None), `best` and `extended` (the grid was
+    lengthened by it). `domain` is the range of the loss axis, shared between methods.
+    """
+    x = {
+        "field": "rate",
+        "type": "quantitative",
+        "scale": {"type": "log", "nice": False, "padding": 14},
+        "title": "learning rate",
+        "axis": {
+            "values": [point["rate"] for point in points],
+            "format": "~e",
+            "labelOverlap": "greedy",
+            "grid": False,
+        },
+    }
+    y = {
+        "field": "loss",
+        "type": "quantitative",
+        "scale": _scale(domain),
+        "title": "validation loss",
+        "axis": {"tickCount": 4},
+    }
+    tooltip = [
+        {"field": "rate", "type": "quantitative", "title": "learning rate", "format": "~e"},
+        {"field": "loss", "type": "quantitative", "title": "validation loss", "format": ".4f"},
+        {"field": "accuracy", "type": "quantitative", "title": "accuracy", "format": ".1%"},
+        {"field": "extended", "type": "nominal", "title": "grid extended by it"},
+    ]
+    point = {"type": "point", "shape": swatch.shape, "size": 55, "opacity": 1}
+    return _spec(
+        description,
+        points,
+        layer=[
+            {
+                "mark": {"type": "line", "color": swatch.colour, "strokeWidth": 1.5},
+                "encoding": {"x": x, "y": y},
+            },
+            {
+                "name": "tried",
+                "transform": [{"filter": "!datum.extended"}],
+                "mark": {**point, "filled": True, "color": swatch.colour},
+                "encoding": {"x": x, "y": y, "tooltip": tooltip},
+            },
+            {
+                "name": "extended",
+                "transform": [{"filter": "datum.extended"}],
+                "mark": {**point, "fill": "white", "stroke": swatch.colour, "strokeWidth": 1.5},
+                "encoding": {"x": x, "y": y, "tooltip": tooltip},
+            },
+            {
+                "name": "best",
+                "transform": [{"filter": "datum.best"}],
+                "mark": {
+                    "type": "point",
+                    "shape": "circle",
+                    "size": 260,
+                    "filled": False,
+                    "stroke": _INK,
+                    "strokeWidth": 1.5,
+                    "opacity": 1,
+                },
+                "encoding": {"x": x, "y": y},
+            },
+        ],
+    )
+
+
+def loss_chart(
+    train: Sequence[Mapping[str, Any]],
+    validation: Sequence[Mapping[str, Any]],
+    swatch: Swatch,
+    domain: Sequence[float],
+    description: str,
+) -> Spec:
+    """Smoothed training loss (thin) and validation loss (with points) against the step.
+
+    Rows have `run`, `step` and `loss`; `domain` is the range of the loss axis.
+    """
+    x = {
+        "field": "step",
+        "type": "quantitative",
+        "title": "step",
+        "scale": {"nice": False},
+        "axis": {"grid": False, "tickCount": 4},
+    }
+    y = {
+        "field": "loss",
+        "type": "quantitative",
+        "scale": {**_scale(domain), "clamp": True},
+        "title": "loss",
+        "axis": {"tickCount": 4},
+    }
+    detail = {"field": "run", "type": "nominal"}
+    tooltip = [
+        {"field": "run", "type": "nominal", "title": "run"},
+        {"field": "step", "type": "quantitative", "title": "step", "format": ","},
+        {"field": "loss", "type": "quantitative", "title": "loss", "format": ".4f"},
+    ]
+    encoding = {"x": x, "y": y, "detail": detail}
+    return {
+        **_spec(description, None),
+        "layer": [
+            {
+                "name": "train",
+                "data": {"values": list(train)},
+                "mark": {
+                    "type": "line",
+                    "color": swatch.colour,
+                    "strokeWidth": 1,
+                    "opacity": 0.45,
+                },
+                "encoding": encoding,
+            },
+            {
+                "name": "validation",
+                "data": {"values": list(validation)},
+                "mark": {
+                    "type": "line",
+                    "color": swatch.colour,
+                    "strokeWidth": 2,
+                    "point": {
+                        "shape": swatch.shape,
+                        "filled": True,
+                        "size": 36,
+                        "color": swatch.colour,
+                        "opacity": 1,
+                    },
+                },
+                "encoding": {**encoding, "tooltip": tooltip},
+            },
+        ],
+    }
+
+
+def schedule_chart(
+    rows: Sequence[Mapping[str, Any]], styles: Sequence[Swatch], description: str
+) -> Spec:
+    """Learning rate against the step, a line a parameter group (`group`, `step`, `rate`)."""
+    return _spec(
+        description,
+        rows,
+        mark={"type": "line", "strokeWidth": 1.75},
+        encoding={
+            "x": {
+                "field": "step",
+                "type": "quantitative",
+                "title": "step",
+                "scale": {"nice": False},
+                "axis": {"grid": False, "tickCount": 4},
+            },
+            "y": {
+                "field": "rate",
+                "type": "quantitative",
+                "title": "learning rate",
+                "axis": {"tickCount": 4, "format": "~e"},
+            },
+            "color": {
+                "field": "group",
+                "type": "nominal",
+                "scale": _by_method(styles, "colour"),
+                "legend": None,
+            },
+            "tooltip": [
+                {"field": "group", "type": "nominal", "title": "parameters"},
+                {"field": "step", "type": "quantitative", "title": "step", "format": ","},
+                {"field": "rate", "type": "quantitative", "title": "learning rate", "format": "~e"},
+            ],
+        },
+    )
+
+
+def cost_chart(
+    rows: Sequence[Mapping[str, Any]],
+    styles: Sequence[Swatch],
+    *,
+    cost_title: str,
+    cost_labels: str,
+    quality_title: str,
+    quality_format: str,
+    description: str,
+) -> Spec:
+    """Quality with its interval against a cost, a point a method.
+
+    Rows have `method`, `cost`, `mean`, `low`, `high` and, for the tooltip, `cost_text` and
+    `quality_text`. `cost_labels` is a Vega expression that writes `datum.value` on the axis.
+    """
+    costs = [cost for row in rows if (cost := finite(row["cost"])) is not None]
+    logarithmic = bool(costs) and min(costs) > 0 and max(costs) > _LOG_RATIO * min(costs)
+    x = {
+        "field": "cost",
+        "type": "quantitative",
+        "scale": {"type": "log", "padding": 16}
+        if logarithmic
+        else {"zero": True, "padding": 16, "nice": True},
+        "title": cost_title + (", logarithmic" if logarithmic else ""),
+        "axis": {"grid": False, "tickCount": 4, "labelExpr": cost_labels, "labelOverlap": "greedy"},
+    }
+    axis = {"tickCount": 4, "format": quality_format}
+    y_scale = {"zero": False, "nice": True, "padding": 6}
+    y = {"type": "quantitative", "scale": y_scale, "title": quality_title, "axis": axis}
+    colour = {
+        "field": "method",
+        "type": "nominal",
+        "scale": _by_method(styles, "colour"),
+        "legend": None,
+    }
+    shape = {**colour, "scale": _by_method(styles, "shape")}
+    tooltip = [
+        {"field": "method", "type": "nominal", "title": "method"},
+        {"field": "cost_text", "type": "nominal", "title": cost_title},
+        {"field": "quality_text", "type": "nominal", "title": quality_title},
+    ]
+    return _spec(
+        description,
+        rows,
+        layer=[
+            {
+                "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.7},
+                "encoding": {
+                    "x": x,
+                    "y": {"field": "low", **y},
+                    "y2": {"field": "high"},
+                    "color": colour,
+                },
+            },
+            {
+                "mark": {"type": "point", "filled": True, "size": 75, "opacity": 1},
+                "encoding": {
+                    "x": x,
+                    "y": {"field": "mean", **y},
+                    "color": colour,
+                    "shape": shape,
+                    "tooltip": tooltip,
+                },
+            },
+        ],
+    )
+
+
+def smooth(losses: Sequence[Sequence[float]], span: int) -> list[tuple[int, float]]:
+    """Exponential average of (step, loss) over about `span` points, without start-up bias.
+
+    Values that are not finite are left out. Thinned to what a chart can show.
+    """
+    decay = 1 - 2 / (span + 1)
+    mean, weight = 0.0, 0.0
+    smoothed = []
+    for step, loss in losses:
+        if finite(loss) is None:
+            continue
+        mean = decay * mean + (1 - decay) * loss
+        weight = decay * weight + (1 - decay)
+        smoothed.append((int(step), mean / weight))
+    return thin(smoothed)
+
+
+def smoothing_span(num_points: int) -> int:
+    """How many points a training loss is averaged over: a twentieth of them, 1 to 100."""
+    return max(1, min(100, num_points // 20))
+
+
+def thin(points: Sequence[Any]) -> list[Any]:
+    """Every k-th point and the last, about `_MAX_POINTS` of them."""
+    stride = max(1, math.ceil(len(points) / _MAX_POINTS))
+    kept = list(points[::stride])
+    if points and kept[-1] is not points[-1]:
+        kept.append(points[-1])
+    return kept
+
+
+def padded_range(values: Iterable[Any]) -> list[float]:
+    """Smallest and largest of the finite values with a margin of 6 %; [0, 1] without any."""
+    known = [figure for value in values if (figure := finite(value)) is not None]
+    if not known:
+        return [0.0, 1.0]
+    low, high = min(known), max(known)
+    if low > 0 and high > _LOG_RATIO * low:
+        return [low / 1.15, high * 1.15]
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    return [low - margin, high + margin]
+
+
+def _scale(domain: Sequence[float]) -> Spec:
+    low, high = domain
+    kind = "log" if low > 0 and high > _LOG_RATIO * low else "linear"
+    return {"type": kind, "domain": [low, high], "nice": False, "zero": False}
+
+
+def _by_method(styles: Sequence[Swatch], part: str) -> Spec:
+    return {
+        "domain": [style.label for style in styles],
+        "range": [getattr(style, part) for style in styles],
+    }
+
+
+def _spec(description: str, rows: Sequence[Mapping[str, Any]] | None, **view: Any) -> Spec:
+    data = {} if rows is None else {"data": {"values": list(rows)}}
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
+        "description": description,
+        "width": "container",
+        "height": 180,
+        "autosize": {"type": "fit", "contains": "padding"},
+        **data,
+        **view,
+        "config": _CONFIG,
+    }
+
+
+_CONFIG: Spec = {
+    "background": None,
+    "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif",
+    "view": {"stroke": None},
+    "padding": 2,
+    "axis": {
+        "domain": False,
+        "tickColor": _RULE,
+        "tickSize": 4,
+        "gridColor": _RULE,
+        "labelColor": _INK,
+        "labelFontSize": 11,
+        "labelPadding": 5,
+        "titleColor": _INK,
+        "titleFontSize": 11,
+        "titleFontWeight": "normal",
+        "titlePadding": 8,
+    },
+    "axisX": {"domain": True, "domainColor": _RULE},
+}

@@ -1,0 +1,289 @@
+"""One training run -> a page: its figures, curves, findings, settings, and how to use it next."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loralab.reports import charts, formats
+from loralab.reports.blocks import (
+    Block,
+    Cell,
+    Column,
+    Commands,
+    Facts,
+    Figure,
+    FigureGrid,
+    Note,
+    Notes,
+    Page,
+    Section,
+    Table,
+    TableGrid,
+)
+from loralab.reports.details import data_section, settings_section
+from loralab.reports.parts import (
+    confusion_table,
+    interval,
+    metric_cell,
+    per_class_rows,
+    share_cell,
+    support_cell,
+)
+
+Row = Mapping[str, Any]
+
+
+def run_page(run: Row) -> Page:
+    """The page of a run; parts the run lacks are left out."""
+    sections = [
+        _result_section(run),
+        _curve_section(run),
+        _class_section(run),
+        _finding_section(run),
+        _cost_section(run),
+        _command_section(run),
+        _file_section(run),
+        data_section(run),
+        settings_section(run),
+    ]
+    method, model, data = (str(part) for part in _subject(run))
+    return Page(
+        title=f"{method} on {data}",
+        kicker=f"Training run · {run['run']}" if run.get("run") else "Training run",
+        headline=_headline(run, method, model, data),
+        status=str(run.get("summary") or ""),
+        facts=_headline_facts(run),
+        sections=tuple(section for section in sections if section is not None),
+        footer=" · ".join(f"{k} {v}" for k, v in (run.get("versions") or {}).items()),
+    )
+
+
+def _subject(run: Row) -> tuple[Any, Any, Any]:
+    settings = run.get("settings") or {}
+    data_settings, data_facts = settings.get("data") or {}, run.get("data") or {}
+    return (
+        run.get("method") or (settings.get("method") or {}).get("kind") or "a run",
+        run.get("model") or (settings.get("model") or {}).get("name") or "a model",
+        data_facts.get("name")
+        or data_settings.get("name")
+        or data_settings.get("train")
+        or "its data",
+    )
+
+
+def _headline(run: Row, method: str, model: str, data: str) -> str:
+    """One sentence: what was trained on what, and the figure that says how well."""
+    done = f"{model}, fine-tuned by {method} on {data}"
+    evaluations = _evaluations(run)
+    if not evaluations:
+        return f"{done}; not evaluated yet"
+    split = "test" if "test" in evaluations else next(iter(evaluations))
+    metrics = evaluations[split]["metrics"]
+    name = "accuracy" if "accuracy" in metrics else next(iter(metrics), None)
+    if name is None:
+        return done
+    cell = metric_cell(name, metrics[name])
+    within = f" (95 % interval {cell.detail})" if cell.detail else ""
+    return f"{done}: {formats.words(name)} {cell.text}{within} on the {split} rows"
+
+
+def _evaluations(run: Row) -> dict[str, dict[str, Any]]:
+    """Split -> {rows, metrics}; a mapping of bare metrics counts as metrics of its split."""
+    evaluations: dict[str, dict[str, Any]] = {}
+    for split, evaluation in (run.get("evaluation") or {}).items():
+        if isinstance(evaluation, Mapping):
+            inner = evaluation.get("metrics")
+            whole = dict(evaluation) if isinstance(inner, Mapping) else {"metrics": evaluation}
+            evaluations[str(split)] = whole
+    return evaluations
+
+
+def _headline_facts(run: Row) -> Facts:
+    parameters = run.get("parameters") or {}
+    trainable = parameters.get("trainable", run.get("trainable_parameters"))
+    total = parameters.get("total", run.get("total_parameters"))
+    rows = []
+    if formats.finite(trainable) is not None:
+        rows.append(("trainable", formats.count(trainable), formats.exact(trainable)))
+    if formats.finite(total) is not None:
+        rows.append(("parameters", formats.count(total), formats.exact(total)))
+    for term, key in (("steps", "steps"), ("seed", "seed")):
+        if isinstance(run.get(key), int):
+            rows.append((term, formats.exact(run[key]), ""))
+    if (seconds := formats.finite((run.get("timing") or {}).get("total_seconds"))) is not None:
+        rows.append(("training time", formats.duration(seconds), ""))
+    return Facts(tuple(rows))
+
+
+def _result_section(run: Row) -> Section | None:
+    evaluations = _evaluations(run)
+    names: dict[str, None] = {}
+    for evaluation in evaluations.values():
+        for name, value in evaluation["metrics"].items():
+            if interval(value)[0] is not None:
+                names.setdefault(name, None)
+    if not names:
+        return None
+    columns = (
+        Column("split", numeric=False),
+        Column("rows"),
+        *(Column(formats.words(name), "95 % interval") for name in names),
+    )
+    rows = tuple(
+        (
+            Cell(split),
+            Cell(formats.exact(evaluation.get("rows"))),
+            *(metric_cell(name, evaluation["metrics"].get(name)) for name in names),
+        )
+        for split, evaluation in evaluations.items()
+    )
+    table = Table("Figures of the restored best checkpoint.", columns, rows, wide=False)
+    return Section("results", "Results", "Results", (table,))
+
+
+def _curve_section(run: Row) -> Section | None:
+    train, validation = run.get("train") or (), run.get("validation") or ()
+    rates = run.get("learning_rates") or {}
+    style = charts.swatches([method := str(_subject(run)[0])])[method]
+    grids: list[Block] = []
+    if train or validation:
+        span = charts.smoothing_span(len(train))
+        smoothed = [
+            {"run": method, "step": step, "loss": round(loss, 5)}
+            for step, loss in charts.smooth(train, span)
+        ]
+        scored = [
+            {"run": method, "step": step, "loss": loss}
+            for step, loss, *_ in validation
+            if formats.finite(loss) is not None
+        ]
+        domain = charts.padded_range(row["loss"] for row in smoothed + scored)
+        description = "Training and validation loss against the step"
+        spec = charts.loss_chart(smoothed, scored, style, domain, description)
+        averaged = f", averaged over about {span} steps" if span > 1 else ""
+        caption = f"Thin line: training loss{averaged}. Thick line with points: validation loss."
+        last = Cell(formats.number(smoothed[-1]["loss"] if smoothed else None, 4))
+        table = _validation_table(validation, run.get("best_step"), last)
+        grids.append(FigureGrid(caption, (Figure("loss", "", spec),), table))
+    if rates:
+        styles = list(charts.swatches(rates).values())
+        rows = [
+            {"group": group, "step": step, "rate": rate}
+            for group, series in rates.items()
+            for step, rate in charts.thin(series)
+        ]
+        spec = charts.schedule_chart(rows, styles, "Learning rate against the step")
+        table = Table(
+            "Learning rates of each group of parameters.",
+            (Column("parameters", numeric=False), Column("highest"), Column("last")),
+            tuple(
+                (
+                    Cell(group),
+                    Cell(formats.rate(max((rate for _, rate in series), default=None))),
+                    Cell(formats.rate(series[-1][1] if series else None)),
+                )
+                for group, series in rates.items()
+            ),
+            wide=False,
+        )
+        caption = "Learning rate of each group of parameters."
+        grids.append(
+            FigureGrid(caption, (Figure("schedule", "", spec),), table, legend=tuple(styles))
+        )
+    return Section("curves", "Training", "Training", tuple(grids)) if grids else None
+
+
+def _validation_table(validation: Sequence[Sequence[Any]], best: Any, last_train: Cell) -> Table:
+    has_accuracy = any(len(row) > 2 for row in validation)
+    columns = [Column("step"), Column("validation loss")]
+    columns += [Column("accuracy")] if has_accuracy else []
+    rows = tuple(
+        (
+            Cell(formats.exact(row[0]), strong=row[0] == best),
+            Cell(formats.number(row[1], 4), detail="best" if row[0] == best else ""),
+            *([Cell(formats.percent(row[2] if len(row) > 2 else None))] if has_accuracy else []),
+        )
+        for row in validation
+    )
+    note = f"Training loss at the end, averaged: {last_train.text}."
+    return Table("Loss on the validation rows.", tuple(columns), rows, note=note, wide=False)
+
+
+def _class_section(run: Row) -> Section | None:
+    matrix, labels = run.get("confusion_matrix"), run.get("label_names") or ()
+    blocks: list[Block] = []
+    if matrix:
+        caption = "Rows are the true classes, columns the predicted ones; the small figure and "
+        caption += "the shade are the share of the true class."
+        blocks.append(confusion_table(matrix, labels, caption))
+    rows = tuple(
+        (
+            Cell(label),
+            *(share_cell(figures.get(key)) for key in ("precision", "recall", "f1")),
+            support_cell(figures),
+        )
+        for label, figures in per_class_rows(run.get("per_class"))
+    )
+    if rows:
+        columns = tuple(Column(name) for name in ("precision", "recall", "F1", "rows"))
+        columns = (Column("class", numeric=False), *columns)
+        blocks.append(Table("Figures of each class.", columns, rows, wide=False))
+    return Section("classes", "Classes", "Classes", tuple(blocks)) if blocks else None
+
+
+def _finding_section(run: Row) -> Section | None:
+    if run.get("findings") is None:
+        return None
+    notes = tuple(
+        Note(
+            level=str(finding.get("level", "info")),
+            title=formats.words(str(finding.get("name", ""))).replace("-", " "),
+            text=str(finding.get("message", "")),
+            next_step=str(finding.get("next_step") or ""),
+        )
+        for finding in run["findings"]
+    )
+    notes = notes or (Note("ok", "no findings", "The doctor looked and found nothing wrong."),)
+    return Section("findings", "The doctor's findings", "Findings", (Notes(notes),))
+
+
+def _cost_section(run: Row) -> Section | None:
+    tables = []
+    for key, heading in (("parameters", "Parameters"), ("timing", "Time and memory")):
+        rows = tuple(
+            (
+                Cell(formats.words(name)),
+                Cell(
+                    formats.count(value) if key == "parameters" else formats.plain(value, name),
+                    title=formats.exact(value) if formats.finite(value) is not None else "",
+                ),
+            )
+            for name, value in formats.flatten(run.get(key) or {})
+        )
+        if rows:
+            columns = (Column("", numeric=False), Column(""))
+            tables.append(Table("", columns, rows, heading=heading, wide=False))
+    if not tables:
+        return None
+    return Section("cost", "Cost", "Cost", (TableGrid(tuple(tables)),))
+
+
+def _command_section(run: Row) -> Section | None:
+    rows = tuple((str(row["purpose"]), str(row["command"])) for row in run.get("commands") or ())
+    if not rows:
+        return None
+    return Section("next", "What to do with it", "Next", (Commands(rows),))
+
+
+def _file_section(run: Row) -> Section | None:
+    rows = tuple(
+        (
+            Cell(str(row["path"])),
+            Cell(formats.data_size(row.get("bytes"))),
+            Cell(str(row.get("purpose") or "")),
+        )
+        for row in run.get("files") or ()
+    )
+    if not rows:
+        return None
+    columns = (Column("file", numeric=False), Column("size"), Column("holds", numeric=False))
+    return Section("files", "Files", "Files", (Table("", columns, rows, wide=False),))
