@@ -1,0 +1,54 @@
+"""Methods, the training loop as a generator of events, checkpoints, predictions, the doctor."""
+
+from loralab.training.devices import choose_device, use_threads
+from loralab.training.doctor import examine, examine_setup
+from loralab.training.events import (
+    CheckpointSaved,
+    Event,
+    Examined,
+    Finding,
+    Finished,
+    Started,
+    StepDone,
+    Validated,
+)
+from loralab.training.identity import environment
+from loralab.training.loop import fit
+from loralab.training.methods import ADAPTER_NAME, ParameterGroup, Trainable, prepare
+from loralab.training.plan import Plan, lay_out
+from loralab.training.predict import Prediction, accuracy, mean_nll, predict
+from loralab.training.schedule import Schedule, build_schedule
+from loralab.training.step import Outcome, repeatable_step
+from loralab.training.streams import stream_seed
+
+__all__ = [
+    "ADAPTER_NAME",
+    "CheckpointSaved",
+    "Event",
+    "Examined",
+    "Finding",
+    "Finished",
+    "Outcome",
+    "ParameterGroup",
+    "Plan",
+    "Prediction",
+    "Schedule",
+    "Started",
+    "StepDone",
+    "Trainable",
+    "Validated",
+    "accuracy",
+    "build_schedule",
+    "choose_device",
+    "environment",
+    "examine",
+    "examine_setup",
+    "fit",
+    "lay_out",
+    "mean_nll",
+    "predict",
+    "prepare",
+    "repeatable_step",
+    "stream_seed",
+    "use_threads",
+]

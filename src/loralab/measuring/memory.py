@@ -1,0 +1,91 @@
+"""The largest number of bytes that live tensors held during a step."""
+
+import gc
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+STEPS = 2
+"""The second step meets what the first left behind: optimiser state, gradients not yet dropped."""
+
+
+def peak_live_bytes(
+    step: Callable[[], object], *, device: torch.device | str = "cpu", warmup: int = 1
+) -> int:
+    """Peak bytes of live tensors over two calls of `step`, after `warmup` calls of it.
+
+    On the CPU it is what lives at the start plus the running sum of torch's own allocations and
+    frees: exact for tensors, blind to what libraries allocate themselves. The high-water mark of
+    the process is not used: it is inherited from whatever ran before. On CUDA it is
+    `torch.cuda.max_memory_allocated`.
+
+    `step` must drop at its end what it allocates for itself (gradients set to None). Everything
+    that lives in this process counts, so measure in a process that holds nothing else.
+    """
+    device = torch.device(device)
+    for _ in range(warmup):
+        step()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    changes = _allocations(lambda: [step() for _ in range(STEPS)])
+    return live_bytes() + _highest_sum(changes)
+
+
+def live_bytes() -> int:
+    """Bytes of all CPU storages that a tensor of this process refers to, each once."""
+    storages: dict[int, int] = {}
+    for tensor in _tensors():
+        for held in (tensor, tensor.grad if tensor.is_leaf else None):
+            if held is not None and held.layout == torch.strided and held.device.type == "cpu":
+                storage = held.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors() -> list[Tensor]:
+    with warnings.catch_warnings():  # asking old objects for their class can warn
+        warnings.simplefilter("ignore")
+        return [thing for thing in gc.get_objects() if _is_tensor(thing)]
+
+
+def _is_tensor(thing: object) -> bool:
+    try:
+        return issubclass(type(thing), Tensor)
+    except ReferenceError:  # a weak proxy whose object is gone
+        return False
+
+
+def _allocations(work: Callable[[], object]) -> list[int]:
+    """Bytes of every allocation (above 0) and free (below 0) on the CPU, in order."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it writes to stderr
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        work()
+    results = profiler.profiler
+    assert results is not None
+    assert results.kineto_results is not None
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in results.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+    ]
+    events.sort(key=lambda event: event[0])
+    return [num_bytes for _, num_bytes in events]
+
+
+def _highest_sum(changes: list[int]) -> int:
+    highest = current = 0
+    for change in changes:
+        current += change
+        highest = max(highest, current)
+    return highest

@@ -1,0 +1,137 @@
+"""From a batch to the logits that count, and their loss.
+
+A causal model's logits are by far the largest tensor of a step (tokens x vocabulary), and only
+those at positions with a label are wanted. So the hidden states are gathered just before the
+output layer: whatever the architecture does to its logits afterwards (scaling, soft capping) is
+done to the gathered ones.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from loralab.adapters import use
+from loralab.config import Task
+from loralab.data import Batch, Encoded
+from loralab.errors import ModelError
+from loralab.training.batches import batch_for
+from loralab.training.prefix import PrefixCache
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TargetLogits:
+    """The fp32 logits of every target of a batch.
+
+    A target is a row (classification) or a token with a label (causal); `rows` says whose it is.
+    """
+
+    logits: Float[Tensor, "targets classes"]
+    targets: Int[Tensor, " targets"]
+    rows: Int[Tensor, " targets"]  # on the CPU
+
+    def nll_sum(self) -> Float[Tensor, ""]:
+        """The negative log-likelihood of all targets together, in nats."""
+        return F.cross_entropy(self.logits, self.targets, reduction="sum")
+
+    def nll(self) -> Float[Tensor, " targets"]:
+        """The negative log-likelihood of each target, in nats."""
+        return F.cross_entropy(self.logits, self.targets, reduction="none")
+
+
+class Forward:
+    """Runs rows through a model along a route, and keeps the logits of their targets."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        route: str | None = None,
+        prefix: PrefixCache | None = None,
+    ) -> None:
+        self.model = model
+        self.task: Task = task
+        self._route = route
+        self._prefix = prefix
+        self._device = next(model.parameters()).device
+        self._fixed: dict[str, Any] = {}
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            self._fixed["use_cache"] = False  # keys and values are of no use after one pass
+
+    def __call__(self, rows: Sequence[Encoded]) -> TargetLogits:
+        """One pass over `rows`, padded to the longest."""
+        batch = batch_for(self.model, rows)
+        with self._routed(), self._prefixed(rows):
+            if self.task == "classification":
+                return self._of_rows(batch)
+            return self._of_tokens(batch)
+
+    def _of_rows(self, batch: Batch) -> TargetLogits:
+        logits = self._logits(batch)
+        return TargetLogits(
+            logits.float(), batch.labels.to(self._device), torch.arange(len(batch.labels))
+        )
+
+    def _of_tokens(self, batch: Batch) -> TargetLogits:
+        rows, positions = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        targets = batch.labels[rows, positions + 1].to(self._device)
+        flat = (rows * batch.input_ids.shape[1] + positions).to(self._device)
+        with _gathered_before_output_layer(self.model, flat):
+            logits = self._logits(batch)
+        if logits.ndim == 3:  # the output layer was called on something else
+            logits = logits.flatten(0, 1).index_select(0, flat)
+        return TargetLogits(logits.float(), targets, rows)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        return self.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            **self._fixed,
+        ).logits
+
+    def _routed(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._route is None else use(self.model, self._route)
+
+    def _prefixed(self, rows: Sequence[Encoded]) -> AbstractContextManager[object]:
+        return nullcontext() if self._prefix is None else self._prefix.in_place_of(rows)
+
+
+def num_targets(row: Encoded) -> int:
+    """How many targets a row has: 1, or its labelled tokens but the first, which has no context."""
+    if row.targets is None:
+        return 1
+    return sum(target != IGNORED for target in row.targets[1:])
+
+
+@contextmanager
+def _gathered_before_output_layer(
+    model: nn.Module, flat: Int[Tensor, " targets"]
+) -> Iterator[None]:
+    """The model's output layer sees only the hidden states at the flat positions."""
+    layer = getattr(model, "get_output_embeddings", lambda: None)()
+    if layer is None:
+        raise ModelError(
+            f"{type(model).__name__} has no output layer, so it is no causal language model",
+            "set model.task to 'classification', or choose a causal model.",
+        )
+
+    def gather(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden, *others = arguments
+        if hidden.ndim != 3:
+            return None
+        return (hidden.flatten(0, 1).index_select(0, flat), *others)
+
+    handle = layer.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,252 @@
+"""The training loop: a generator that does the work between the events it yields."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from loralab.data import Encoded
+from loralab.errors import Interrupted, TrainingError
+from loralab.training.checkpoints import Checkpoint, CheckpointFolder, Progress, check_identity
+from loralab.training.doctor import check, examine_gradients, examine_setup
+from loralab.training.events import (
+    CheckpointSaved,
+    Event,
+    Examined,
+    Finished,
+    Started,
+    StepDone,
+    Validated,
+)
+from loralab.training.forward import Forward
+from loralab.training.identity import environment, identity
+from loralab.training.interrupts import InterruptFlag
+from loralab.training.journal import START, Journal
+from loralab.training.methods import Trainable
+from loralab.training.optimiser import Optimiser
+from loralab.training.plan import Plan, lay_out
+from loralab.training.predict import accuracy, mean_nll, predict_with
+from loralab.training.prefix import build_prefix_cache
+from loralab.training.schedule import Schedule, build_schedule
+from loralab.training.step import Stepper
+
+EXAMINED_STEPS = 2
+
+
+def fit(
+    trainable: Trainable,
+    train_rows: Sequence[Encoded],
+    validation_rows: Sequence[Encoded],
+    folder: Path,
+) -> Iterator[Event]:
+    """Train, validate, keep checkpoints; at the end the model holds its best weights.
+
+    `folder` gets `checkpoints/`, `metrics.jsonl` (the same bytes whether the run was interrupted
+    or not) and `timing.jsonl` (seconds). Where `folder/checkpoints` holds a checkpoint the run
+    goes on from it. Without validation rows the last weights count as the best.
+
+    The first Ctrl-C ends the run after a whole step: a checkpoint is saved and `Interrupted`
+    raised. Raises `DataError` without rows, `ResumeError` where the bits would differ,
+    `TrainingError` for a setting or a number that makes the run worthless, `OutputError` where
+    `folder` cannot be written.
+    """
+    plan = lay_out(train_rows, trainable.training)
+    schedule = build_schedule(trainable.training, plan.total_steps)
+    findings = examine_setup(trainable, train_rows)
+    check(findings)
+    with ExitStack() as stack:
+        run = _Run(trainable, train_rows, validation_rows, folder, plan, schedule, stack)
+        yield Started(
+            step=run.progress.step,
+            total_steps=plan.total_steps,
+            steps_per_epoch=plan.steps_per_epoch,
+            warmup_steps=schedule.warmup_steps,
+            order_hash=run.identity["data"]["order_hash"],
+            environment=environment(trainable.model, trainable.device),
+            findings=tuple(findings),
+        )
+        yield from run.steps()
+        yield run.finish()
+
+
+class _Run:
+    """One run under way."""
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        train_rows: Sequence[Encoded],
+        validation_rows: Sequence[Encoded],
+        folder: Path,
+        plan: Plan,
+        schedule: Schedule,
+        stack: ExitStack,
+    ) -> None:
+        self._trainable = trainable
+        self._training = trainable.training
+        self._train_rows = train_rows
+        self._validation_rows = validation_rows
+        self._plan = plan
+        self._schedule = schedule
+        self.identity = identity(trainable, train_rows, validation_rows, plan)
+        self._checkpoints = CheckpointFolder(folder / "checkpoints")
+        saved = self._checkpoints.newest()
+        if saved is not None:
+            check_identity(saved.identity, self.identity)
+        self._interrupt = stack.enter_context(InterruptFlag())
+        self._metrics = stack.enter_context(
+            Journal(folder / "metrics.jsonl", saved.metrics if saved else START)
+        )
+        self._timing = stack.enter_context(
+            Journal(folder / "timing.jsonl", saved.timing if saved else START)
+        )
+        self._optimiser = Optimiser(trainable.groups, self._training)
+        stack.callback(self._optimiser.close)
+        self.progress = saved.progress if saved else Progress()
+        self._best: dict[str, Tensor] = saved.best if saved else {}
+        if saved and saved.state:
+            self._restore(saved.state)
+        prefix = None
+        if not self.progress.finished:
+            prefix = build_prefix_cache(trainable, [*train_rows, *validation_rows])
+        self._forward = Forward(
+            trainable.model, trainable.task, route=trainable.route, prefix=prefix
+        )
+        self._stepper = Stepper(trainable, self._optimiser, self._forward)
+
+    def steps(self) -> Iterator[Event]:
+        """The steps that are not done yet, with validations and checkpoints between them."""
+        first, total = self.progress.step + 1, self._plan.total_steps
+        batches = self._remaining_batches()
+        for step in range(first, total + 1 if not self.progress.finished else first):
+            yield self._step(step, next(batches))
+            self.progress.step = step
+            if step == min(EXAMINED_STEPS, total) and first == 1:
+                yield self._examine(step)
+            if step in self._plan.validation_steps and self._validation_rows:
+                yield self._validate(step)
+            if self._is_patience_spent():
+                self.progress.stopped_early = step < total
+                break
+            if step == total:
+                break
+            if self._interrupt.asked:
+                saved = self._save()
+                yield saved
+                raise Interrupted(
+                    f"stopped after step {step} of {total}; the state is safe in {saved.path}",
+                    "start the run again with --resume.",
+                )
+            if step % self._training.checkpoint_steps == 0:
+                yield self._save()
+
+    def finish(self) -> Finished:
+        """Put the best weights into the model and mark the run as finished."""
+        if self._best:
+            self._optimiser.set_trained(self._best)
+        progress = self.progress
+        if not progress.finished:
+            progress.finished = True
+            progress.best_step = progress.best_step or progress.step
+            self._best = self._best or _copies(self._optimiser.trained())
+            self._save()
+        best = next((v for v in progress.validations if v["step"] == progress.best_step), None)
+        return Finished(
+            step=progress.step,
+            best_step=progress.best_step,
+            best_nll=best and best["nll"],
+            best_accuracy=best and best["accuracy"],
+            stopped_early=progress.stopped_early,
+            validations=tuple(Validated(**v, seconds=0.0) for v in progress.validations),
+        )
+
+    def _step(self, step: int, indices: Sequence[int]) -> StepDone:
+        began = time.perf_counter()
+        rows = [self._train_rows[index] for index in indices]
+        outcome = self._stepper.step(step, rows, self._schedule.factor(step))
+        seconds = time.perf_counter() - began
+        row = {"step": step, "epoch": self._plan.epoch(step), **asdict(outcome)}
+        self._metrics.write(row)
+        self._timing.write({"step": step, "tokens": outcome.tokens, "seconds": seconds})
+        return StepDone(**row, seconds=seconds)
+
+    def _examine(self, step: int) -> Examined:
+        findings = examine_gradients(self._trainable, self._stepper.without_gradient())
+        check(findings)
+        return Examined(step, tuple(findings))
+
+    def _validate(self, step: int) -> Validated:
+        began = time.perf_counter()
+        predictions = predict_with(
+            self._forward,
+            self._validation_rows,
+            batch_size=self._training.evaluation_batch_size,
+        )
+        nll = mean_nll(predictions)
+        if not math.isfinite(nll):
+            raise TrainingError(
+                f"step {step}: the mean nll of the validation rows is {nll}",
+                "lower training.learning_rate, or set model.dtype to 'float32'.",
+            )
+        best = all(nll < earlier["nll"] for earlier in self.progress.validations)
+        row = {"step": step, "nll": nll, "accuracy": accuracy(predictions), "best": best}
+        if best:
+            self.progress.best_step = step
+            self._best = _copies(self._optimiser.trained())
+        self.progress.validations.append(row)
+        self._metrics.write({"step": step, **{f"validation_{k}": row[k] for k in _SHOWN}})
+        seconds = time.perf_counter() - began
+        self._timing.write({"step": step, "validation_seconds": seconds})
+        return Validated(**row, seconds=seconds)
+
+    def _is_patience_spent(self) -> bool:
+        patience = self._training.patience
+        if patience is None:
+            return False
+        recent = self.progress.validations[-patience:]
+        return len(recent) == patience and not any(row["best"] for row in recent)
+
+    def _save(self) -> CheckpointSaved:
+        began = time.perf_counter()
+        state: dict[str, Tensor] = {}
+        if not self.progress.finished:
+            trained = self._optimiser.trained()
+            state = {f"trained/{name}": value for name, value in trained.items()}
+            state |= self._optimiser.state()
+        path = self._checkpoints.save(
+            Checkpoint(
+                progress=self.progress,
+                identity=self.identity,
+                metrics=self._metrics.mark(),
+                timing=self._timing.mark(),
+                state=state,
+                best=self._best,
+            )
+        )
+        return CheckpointSaved(self.progress.step, path, time.perf_counter() - began)
+
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        prefix = "trained/"
+        self._optimiser.set_trained(
+            {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        )
+        self._optimiser.set_state(state)
+
+    def _remaining_batches(self) -> Iterator[list[int]]:
+        epoch, done = divmod(self.progress.step, self._plan.steps_per_epoch)
+        while True:
+            epoch += 1
+            yield from self._plan.batches(epoch)[done:]
+            done = 0
+
+
+_SHOWN = ("nll", "accuracy", "best")
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, whatever the device."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}

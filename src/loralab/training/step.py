@@ -1,0 +1,99 @@
+"""One optimiser step: gradients of a batch in pieces, then clip and move."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loralab.data import Encoded
+from loralab.training.forward import Forward, num_targets
+from loralab.training.methods import Trainable
+from loralab.training.non_finite import blame
+from loralab.training.optimiser import Optimiser
+from loralab.training.streams import dropout_stream
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did: the loss is a mean over its targets, in nats."""
+
+    loss: float
+    grad_norm: float
+    learning_rates: dict[str, float]
+    rows: int
+    tokens: int
+
+
+class Stepper:
+    """Does steps; `without_gradient` tells which parameters no gradient has ever reached."""
+
+    def __init__(self, trainable: Trainable, optimiser: Optimiser, forward: Forward) -> None:
+        self._trainable = trainable
+        self._optimiser = optimiser
+        self._forward = forward
+        self._unreached = set(trainable.parameters)
+
+    def step(self, step: int, rows: Sequence[Encoded], factor: float) -> Outcome:
+        """Step number `step` on `rows`, with every learning rate times `factor`.
+
+        The loss is the sum over all targets of the step divided by their number, whatever the
+        pieces: accumulation equals the big batch.
+
+        Raises `TrainingError` where the loss or a gradient is not finite.
+        """
+        training = self._trainable.training
+        pieces = [
+            rows[start : start + training.batch_size]
+            for start in range(0, len(rows), training.batch_size)
+        ]
+        total = max(1, sum(num_targets(row) for row in rows))
+        self._trainable.model.train()
+        with dropout_stream(training.seed, step, self._trainable.device):
+            loss = sum((self._backward(piece, total) for piece in pieces), start=torch.zeros(()))
+        grad_norm = self._optimiser.grad_norm()
+        loss_value, norm_value = torch.stack([loss, grad_norm.to(loss.device)]).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise blame(self._trainable, self._forward, self._optimiser, pieces, step)
+        if step <= 2:
+            self._note_gradients()
+        rates = self._optimiser.step(factor, grad_norm)
+        return Outcome(
+            loss=loss_value,
+            grad_norm=norm_value,
+            learning_rates=rates,
+            rows=len(rows),
+            tokens=sum(len(row.input_ids) for row in rows),
+        )
+
+    def without_gradient(self) -> set[str]:
+        """Parameters whose gradient was missing or exactly zero in both of the first two steps.
+
+        Two steps, because B starts at zero and makes the gradient of A exactly zero in the first.
+        """
+        return set(self._unreached)
+
+    def _backward(self, piece: Sequence[Encoded], total: int) -> Tensor:
+        nll = self._forward(piece).nll_sum() / total
+        nll.backward()
+        return nll.detach().float()
+
+    def _note_gradients(self) -> None:
+        for name, gradient in self._optimiser.gradients().items():
+            if gradient is not None and name in self._unreached and bool(gradient.any()):
+                self._unreached.discard(name)
+
+
+def repeatable_step(trainable: Trainable, rows: Sequence[Encoded]) -> Callable[[], Outcome]:
+    """A whole optimiser step on the same rows at every call, for meters of memory and time.
+
+    It changes the trained weights, and holds what a training holds between steps: the optimiser's
+    state, and no gradients.
+    """
+    optimiser = Optimiser(trainable.groups, trainable.training)
+    forward = Forward(trainable.model, trainable.task, route=trainable.route)
+    stepper = Stepper(trainable, optimiser, forward)
+    numbers = itertools.count(1)
+    return lambda: stepper.step(next(numbers), rows, 1.0)
