@@ -272,11 +272,11 @@ def compare(
     console = _console(as_json, quiet)
     config = _settings(recipe, overrides, model)
 
-    from loralab.runs.compare import compare_methods
+    from loralab.runs import compare as compare_runs
     from loralab.runs.tables import comparison_table
 
     folder = output or Path("runs") / Path(str(recipe)).stem
-    comparison = compare_methods(config, folder, listen=console.listen)
+    comparison = compare_runs(config, folder, listen=console.listen)
     if as_json:
         console.data(comparison)
         return

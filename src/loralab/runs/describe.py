@@ -1,0 +1,71 @@
+"""A finished run as plain data for its report."""
+
+from typing import Any
+
+from loralab.runs.folder import Run
+
+PURPOSES = {
+    "config.toml": "every setting",
+    "manifest.json": "versions, machine, data order, what was chosen",
+    "metrics.jsonl": "a row a step and a validation",
+    "timing.jsonl": "seconds a step",
+    "adapter": "the adapter, in PEFT's format",
+    "model": "the trained model, a transformers folder",
+    "evaluation": "a row an example, and the figures",
+}
+
+
+def run_report(run: Run) -> dict[str, Any]:
+    """What `reports.write_run_report` draws."""
+    rows = run.metric_rows()
+    steps = [row for row in rows if "loss" in row]
+    validations = [row for row in rows if "nll" in row]
+    evaluations = {split: run.metrics(split) for split in run.manifest["splits"]}
+    last = evaluations[run.manifest["splits"][-1]]["metrics"]
+    roles = steps[0]["learning_rates"] if steps else {}
+    return {
+        "run": str(run.folder),
+        "method": run.config.method.kind,
+        "model": run.config.model.name,
+        "seed": run.config.training.seed,
+        "steps": run.manifest["steps_done"],
+        "best_step": run.manifest["best"]["step"],
+        "evaluation": evaluations,
+        "train": [[row["step"], row["loss"]] for row in steps],
+        "validation": [[row["step"], row["nll"], row["accuracy"]] for row in validations],
+        "learning_rates": {
+            role: [[row["step"], row["learning_rates"][role]] for row in steps] for role in roles
+        },
+        "confusion_matrix": last.get("confusion_matrix"),
+        "per_class": last.get("per_class"),
+        "label_names": run.manifest["label_names"],
+        "findings": run.manifest["findings"],
+        "parameters": {
+            "trainable": run.manifest["trainable_parameters"],
+            "total": run.manifest["total_parameters"],
+            "artifact_bytes": run.manifest["artifact_bytes"],
+        },
+        "commands": [
+            {"purpose": "score other rows", "command": f"loralab evaluate {run.folder} --data ..."},
+            {"purpose": "try it", "command": f'loralab generate {run.folder} "..."'},
+        ],
+        "files": [
+            {
+                "path": name,
+                "bytes": _size(run, name),
+                "purpose": purpose,
+            }
+            for name, purpose in PURPOSES.items()
+            if (run.folder / name).exists()
+        ],
+        "data": run.manifest["data"],
+        "settings": run.config.model_dump(exclude={"compare"}, exclude_none=True),
+        "machine": run.manifest["machine"],
+        "versions": run.manifest["versions"],
+    }
+
+
+def _size(run: Run, name: str) -> int:
+    path = run.folder / name
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,0 +1,113 @@
+"""What the verbs show in a terminal: rows of short text."""
+
+from typing import Any
+
+from loralab.runs.folder import Run
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+GIB, MIB = 2**30, 2**20
+
+
+def comparison_table(comparison: dict[str, Any]) -> Table:
+    """One row a method: quality with intervals, then cost."""
+    columns = (
+        "method",
+        "accuracy (95 %)",
+        "nll (95 %)",
+        "rate",
+        "trainable",
+        "peak memory",
+        "s/step",
+        "on disk",
+    )
+    return columns, [
+        (
+            row["method"],
+            _interval(row["accuracy"], percent=True),
+            _interval(row["nll"]),
+            f"{row['best_learning_rate']:g}" + ("" if row["bracketed"] else " (edge)"),
+            count(row["trainable_parameters"]),
+            size(row["peak_bytes"]),
+            f"{row['step_seconds']:.3f}",
+            size(row["artifact_bytes"]),
+        )
+        for row in comparison["methods"]
+    ]
+
+
+def evaluation_table(document: dict[str, Any]) -> Table:
+    """One row a figure."""
+    rows = [
+        (name.replace("_", " "), f"{figure['value']:.4f}", _range(figure))
+        for name, figure in figures(document["metrics"]).items()
+    ]
+    counts = f"{document['rows']} rows"
+    return (f"{document['split']}, {counts}", "value", "95 % interval"), rows
+
+
+def findings_table(findings: list[dict[str, str]]) -> Table:
+    """One row a finding of the doctor."""
+    rows = [
+        (finding["level"], f"{finding['message']} {finding['next_step']}".strip())
+        for finding in findings
+    ]
+    return ("level", "finding"), rows
+
+
+def run_lines(run: Run) -> str:
+    """A finished run in a few lines: figures, files, what to do next."""
+    manifest = run.manifest
+    lines = [
+        f"{run.config.method.kind}: {count(manifest['trainable_parameters'])} of "
+        f"{count(manifest['total_parameters'])} parameters trained in "
+        f"{manifest['steps_done']} steps; best at step {manifest['best']['step']}",
+    ]
+    for split in manifest["splits"]:
+        shown = ", ".join(
+            f"{name.replace('_', ' ')} {figure['value']:.4f} ({_range(figure)})"
+            for name, figure in list(figures(run.metrics(split)["metrics"]).items())[:3]
+        )
+        lines.append(f"{split}: {shown}")
+    lines += [
+        f"{run.artifact}  {size(manifest['artifact_bytes'])}",
+        f"{run.folder / 'report.html'}",
+        f'Next: loralab evaluate {run.folder} --data ... or loralab generate {run.folder} "..."',
+    ]
+    return "\n".join(lines)
+
+
+def figures(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The metrics that are one value with an interval."""
+    return {
+        name: figure
+        for name, figure in metrics.items()
+        if isinstance(figure, dict) and {"value", "low", "high"} <= figure.keys()
+    }
+
+
+def count(number: int) -> str:
+    """1,235,818,498 -> 1.24 B."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return str(number)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in GiB, MiB or KiB (powers of two)."""
+    if num_bytes >= GIB:
+        return f"{num_bytes / GIB:.2f} GiB"
+    if num_bytes >= MIB:
+        return f"{num_bytes / MIB:.1f} MiB"
+    return f"{num_bytes / 1024:.1f} KiB"
+
+
+def _interval(figure: dict[str, float], *, percent: bool = False) -> str:
+    scale, digits, sign = (100, 1, " %") if percent else (1, 3, "")
+    mean, low, high = (figure[key] * scale for key in ("mean", "low", "high"))
+    return f"{mean:.{digits}f}{sign} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _range(figure: dict[str, float]) -> str:
+    return f"{figure['low']:.4f} to {figure['high']:.4f}"

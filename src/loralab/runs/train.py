@@ -1,0 +1,249 @@
+"""`loralab train`: prepare, train, save, evaluate, describe; and the same continued."""
+
+import shutil
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from loralab.adapters import count_parameters, save_adapter
+from loralab.config import RunConfig
+from loralab.errors import Interrupted, RunError, TrainingError
+from loralab.events import Listener, Note, Phase, Progress, ignore
+from loralab.files import replacing
+from loralab.reports import write_run_report
+from loralab.runs.card import model_card
+from loralab.runs.describe import run_report
+from loralab.runs.evaluate import score, store_evaluation
+from loralab.runs.folder import Run, create_run, open_run, refuse_existing
+from loralab.runs.sinks import Sink, open_sinks, require_sinks
+from loralab.runs.workbench import Workbench, open_workbench
+from loralab.training import (
+    CheckpointSaved,
+    Event,
+    Examined,
+    Finding,
+    Finished,
+    Started,
+    StepDone,
+    Trainable,
+    Validated,
+    fit,
+)
+
+HELD_OUT = ("validation", "test")
+
+
+def train(
+    config: RunConfig,
+    output: str | Path | None = None,
+    *,
+    listen: Listener = ignore,
+    workbench: Workbench | None = None,
+    splits: Sequence[str] = HELD_OUT,
+) -> Run:
+    """Train by `config` into the new folder `output`, and evaluate on `splits`.
+
+    Nothing is written before data, model and settings have been found usable. A comparison hands
+    in its `workbench` (data read once) and the splits it may look at.
+
+    Raises any `LoralabError`; `Interrupted` after Ctrl-C, with a checkpoint and the command that
+    resumes; `TrainingError` where the loss is no number.
+    """
+    folder = _default_folder(config) if output is None else Path(output)
+    refuse_existing(folder)
+    require_sinks(config.training.sinks)
+    bench = workbench or open_workbench(config, listen)
+    trainable = bench.trainable(config)
+    trained, total = count_parameters(trainable.model)
+    run = create_run(
+        folder,
+        config,
+        {
+            "data": bench.dataset.facts,
+            "label_names": list(bench.dataset.label_names),
+            "trainable_parameters": trained,
+            "total_parameters": total,
+            "splits": list(splits),
+        },
+    )
+    return _carry_out(run, bench, trainable, listen)
+
+
+def resume(
+    folder: str | Path, *, listen: Listener = ignore, workbench: Workbench | None = None
+) -> Run:
+    """Continue the run in `folder` from its last checkpoint, bit for bit.
+
+    Raises `RunError` where it is no run, `ResumeError` where the machine, the versions or the
+    files are no longer those it was started with.
+    """
+    run = open_run(folder)
+    if run.finished:
+        listen(Note(f"{folder} is finished already"))
+        return run
+    bench = workbench or open_workbench(run.config, listen)
+    if bench.dataset.facts != run.manifest["data"]:
+        raise RunError(
+            f"{folder}: the data have changed since the run was started",
+            "put the files back as they were, or start a new run.",
+        )
+    return _carry_out(run, bench, bench.trainable(run.config), listen)
+
+
+def _carry_out(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> Run:
+    try:
+        return _train_and_evaluate(run, bench, trainable, listen)
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(
+            f"interrupted; the state is saved in {run.folder}",
+            f"loralab train --resume {run.folder}",
+        ) from None
+
+
+def _train_and_evaluate(
+    run: Run, bench: Workbench, trainable: Trainable, listen: Listener
+) -> Run:
+    facts = _fit(run, bench, trainable, listen)
+    facts |= _save(run, bench, trainable)
+    evaluations = {}
+    for split in run.manifest["splits"]:
+        listen(Phase(f"evaluating {split}", None, "rows"))
+        evaluations[split] = store_evaluation(
+            run, split, *score(trainable.model, trainable.route, bench, run.config, split)
+        )
+    run = run.record(state="finished", **facts)
+    _describe(run, evaluations)
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    return run
+
+
+def _fit(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> dict[str, Any]:
+    """Train, telling the listener and the sinks; the facts that go into the manifest."""
+    facts: dict[str, Any] = {}
+    sinks: list[Sink] = []
+    rows = bench.rows
+    try:
+        for event in fit(trainable, rows["train"], rows["validation"], run.folder):
+            if isinstance(event, Started):
+                settings = run.config.model_dump()
+                sinks = open_sinks(
+                    run.config.training.sinks, run.folder, settings, step=event.step
+                )
+            facts |= _facts(event)
+            _tell(event, listen)
+            _log(event, sinks)
+    except TrainingError as error:
+        run.record(state="failed", cause=error.cause)
+        raise
+    finally:
+        for sink in sinks:
+            sink.close()
+    return facts
+
+
+def _save(run: Run, bench: Workbench, trainable: Trainable) -> dict[str, Any]:
+    """Save the trained weights: an adapter in PEFT's format, or a transformers folder."""
+    kind = "adapter" if trainable.route else "model"
+    folder = run.folder / kind
+    if trainable.route:
+        save_adapter(trainable.model, trainable.route, folder)
+    else:
+        with replacing(folder) as aside:
+            trainable.model.save_pretrained(aside)
+            bench.tokenizer.save_pretrained(aside)
+    weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    return {"artifact": kind, "artifact_bytes": weights}
+
+
+def _describe(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:
+    card = model_card(
+        run.config, kind=run.manifest["artifact"], facts=run.manifest, evaluations=evaluations
+    )
+    (run.artifact / "README.md").write_text(card, encoding="utf-8")
+    write_run_report(run_report(run), run.folder / "report.html")
+
+
+def _facts(event: Event) -> dict[str, Any]:
+    """What of an event belongs into the manifest."""
+    match event:
+        case Started():
+            return {
+                "order_hash": event.order_hash,
+                "steps": event.total_steps,
+                "environment": event.environment,
+                "findings": [_as_row(finding) for finding in event.findings],
+            }
+        case Finished():
+            return {
+                "steps_done": event.step,
+                "best": {
+                    "step": event.best_step,
+                    "nll": event.best_nll,
+                    "accuracy": event.best_accuracy,
+                },
+                "stopped_early": event.stopped_early,
+            }
+        case _:
+            return {}
+
+
+def _tell(event: Event, listen: Listener) -> None:
+    """An event of the training room as talk."""
+    match event:
+        case Started():
+            for finding in event.findings:
+                _tell_finding(finding, listen)
+            listen(Phase("training", event.total_steps, "steps"))
+            if event.step:
+                listen(Note(f"resumed after step {event.step}"))
+            listen(Progress(event.step))
+        case Examined():
+            for finding in event.findings:
+                _tell_finding(finding, listen)
+        case StepDone():
+            listen(Progress(event.step, f"loss {event.loss:.4f}"))
+        case Validated():
+            best = " (best so far)" if event.best else ""
+            listen(
+                Note(
+                    f"step {event.step}: validation nll {event.nll:.4f}, "
+                    f"accuracy {event.accuracy:.4f}{best}"
+                )
+            )
+        case CheckpointSaved() | Finished():
+            pass
+
+
+def _tell_finding(finding: Finding, listen: Listener) -> None:
+    if finding.level == "info":
+        listen(Note(finding.message))
+    else:
+        listen(Note(f"{finding.message} {finding.next_step}".strip(), warning=True))
+
+
+def _as_row(finding: Finding) -> dict[str, str]:
+    return {
+        "level": finding.level,
+        "name": finding.name,
+        "message": finding.message,
+        "next_step": finding.next_step,
+    }
+
+
+def _log(event: Event, sinks: Sequence[Sink]) -> None:
+    if isinstance(event, StepDone):
+        rates = {f"learning_rate/{role}": rate for role, rate in event.learning_rates.items()}
+        figures = {"train/loss": event.loss, "train/grad_norm": event.grad_norm, **rates}
+    elif isinstance(event, Validated):
+        figures = {"validation/nll": event.nll, "validation/accuracy": event.accuracy}
+    else:
+        return
+    for sink in sinks:
+        sink.log(event.step, figures)
+
+
+def _default_folder(config: RunConfig) -> Path:
+    data = Path(config.data.name or str(config.data.train)).stem
+    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{data}-{config.method.kind}-{stamp}"

@@ -1,0 +1,75 @@
+"""What a run stands on: its rows, read and encoded once, and its model, loaded fresh."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from loralab.config import RunConfig
+from loralab.data import Dataset, Encoded, encode, load_dataset
+from loralab.events import Listener, Note, Phase
+from loralab.models import load_model, load_tokenizer
+from loralab.training import Trainable, prepare, stream_seed
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Data and tokenizer of a run. Many runs of a comparison share one."""
+
+    config: RunConfig
+    dataset: Dataset
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def rows(self) -> dict[str, list[Encoded]]:
+        """Encoded rows by split."""
+        return {split: self.encode(getattr(self.dataset, split)) for split in SPLITS}
+
+    def encode(self, examples: tuple) -> list[Encoded]:
+        """Examples as this run's model reads them."""
+        return encode(
+            examples,
+            self.tokenizer,
+            task=self.config.model.task,
+            max_tokens=self.config.data.max_tokens,
+        )
+
+    def trainable(self, config: RunConfig) -> Trainable:
+        """A fresh model made ready for `config.method`, its head drawn from `config`'s seed."""
+        model = base_model(config)
+        return prepare(model, config.method, config.training, task=config.model.task)
+
+
+def open_workbench(config: RunConfig, listen: Listener) -> Workbench:
+    """Read the data and the tokenizer of a run.
+
+    Raises `DataError`, `FetchError` or `ModelError`; nothing is written but the cache.
+    """
+    listen(Phase(f"reading {config.data.name or config.data.train}", None, "rows"))
+    dataset = load_dataset(
+        config.data, task=config.model.task, num_labels=config.model.num_labels
+    )
+    tokenizer = load_tokenizer(config.model.name)
+    bench = Workbench(config, dataset, tokenizer)
+    counts = ", ".join(f"{len(bench.rows[split])} {split}" for split in SPLITS)
+    listen(Note(f"{dataset.name}: {counts} rows"))
+    return bench
+
+
+def base_model(config: RunConfig) -> nn.Module:
+    """The base model of a run with its new head, untrained."""
+    model = config.model
+    return load_model(
+        model.name,
+        task=model.task,
+        num_labels=model.num_labels,
+        dtype=model.dtype,
+        head_bias=model.head_bias,
+        head_dropout=model.head_dropout,
+        dropout=model.dropout,
+        pooling=model.pooling,
+        seed=stream_seed(config.training.seed, "initialisation"),
+    )
