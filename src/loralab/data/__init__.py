@@ -1,0 +1,29 @@
+"""Sources -> examples -> splits -> batches without padding waste."""
+
+from loralab.data.batching import (
+    collate,
+    epoch_batches,
+    evaluation_batches,
+    order_hash,
+    padding_waste,
+)
+from loralab.data.encoding import encode, encoding_facts
+from loralab.data.examples import Batch, Dataset, Encoded, Example, Message
+from loralab.data.loading import load_dataset, load_rows
+
+__all__ = [
+    "Batch",
+    "Dataset",
+    "Encoded",
+    "Example",
+    "Message",
+    "collate",
+    "encode",
+    "encoding_facts",
+    "epoch_batches",
+    "evaluation_batches",
+    "load_dataset",
+    "load_rows",
+    "order_hash",
+    "padding_waste",
+]
