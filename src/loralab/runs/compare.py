@@ -44,9 +44,7 @@ class Entrant:
     solo: dict[str, Any]
 
 
-def compare(
-    config: RunConfig, output: str | Path, *, listen: Listener = ignore
-) -> dict[str, Any]:
+def compare(config: RunConfig, output: str | Path, *, listen: Listener = ignore) -> dict[str, Any]:
     """Compare `config.compare.methods` in the folder `output`; returns comparison.json's content.
 
     Started again on the same folder it continues; with other settings it is refused.

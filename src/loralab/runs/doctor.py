@@ -1,13 +1,12 @@
 """`loralab doctor`: check a recipe on the real model and data, up to the second step."""
 
-import tempfile
-from pathlib import Path
+from dataclasses import asdict
 
 from loralab.config import RunConfig
 from loralab.errors import TrainingError
 from loralab.events import Listener, Phase, ignore
 from loralab.runs.workbench import open_workbench
-from loralab.training import Examined, Finding, Started, fit
+from loralab.training import Finding, examine as examine_trainable
 
 
 def examine(config: RunConfig, *, listen: Listener = ignore) -> list[dict[str, str]]:
@@ -18,26 +17,9 @@ def examine(config: RunConfig, *, listen: Listener = ignore) -> list[dict[str, s
     """
     bench = open_workbench(config, listen)
     trainable = bench.trainable(config)
-    listen(Phase("two training steps", 2, "steps"))
-    findings: list[Finding] = []
-    with tempfile.TemporaryDirectory(prefix="loralab-doctor-") as folder:
-        events = fit(trainable, bench.rows["train"], bench.rows["validation"], Path(folder))
-        try:
-            for event in events:
-                if isinstance(event, Started | Examined):
-                    findings += event.findings
-                if isinstance(event, Examined):
-                    break
-        except TrainingError as error:
-            findings.append(Finding("error", "not-finite", error.cause, error.next_step))
-        finally:
-            events.close()
-    return [
-        {
-            "level": finding.level,
-            "name": finding.name,
-            "message": finding.message,
-            "next_step": finding.next_step,
-        }
-        for finding in findings
-    ]
+    listen(Phase("two training steps"))
+    try:
+        findings = examine_trainable(trainable, bench.rows["train"])
+    except TrainingError as error:
+        findings = [Finding("error", "not-finite", error.cause, error.next_step)]
+    return [asdict(finding) for finding in findings]

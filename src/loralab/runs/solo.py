@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,11 @@ from loralab.errors import TrainingError
 from loralab.events import ignore
 from loralab.measuring import median_step_seconds, peak_live_bytes
 from loralab.runs.workbench import open_workbench
-from loralab.training import Forward, Optimiser, Stepper, Trainable, lay_out
-
-WARM_UP_STEPS = 2
+from loralab.training import lay_out, repeatable_step
 
 
 def measure(config: RunConfig, *, num_steps: int) -> dict[str, Any]:
-    """`peak_bytes`, `step_seconds` and `step_tokens` of `config`'s training step.
+    """`peak_bytes` and `step_seconds` of `config`'s training step.
 
     Raises `TrainingError` where the fresh process fails, with what it said.
     """
@@ -54,23 +51,17 @@ def measure_here(config: RunConfig, *, num_steps: int) -> dict[str, Any]:
     rows = bench.rows["train"]
     batches = lay_out(rows, config.training).batches(1)
     largest = max(batches, key=lambda batch: _padded_tokens(rows, batch))
-    step = _stepper(trainable)
-    peak = peak_live_bytes(lambda: step([rows[i] for i in largest]), model=trainable.model)
-    timed = [[rows[i] for i in batch] for batch in batches[: WARM_UP_STEPS + num_steps]]
-    seconds = median_step_seconds([lambda b=batch: step(b) for batch in timed], WARM_UP_STEPS)
-    return {
-        "peak_bytes": peak,
-        "step_seconds": seconds,
-        "step_tokens": sum(len(rows[i].input_ids) for batch in batches for i in batch)
-        / len(batches),
-    }
-
-
-def _stepper(trainable: Trainable) -> Callable[[list[Encoded]], None]:
-    optimiser = Optimiser(trainable.groups, trainable.training)
-    forward = Forward(trainable.model, trainable.task, route=trainable.route)
-    stepper = Stepper(trainable, optimiser, forward)
-    return lambda rows: (stepper.step(3, rows, 1.0), None)[1]
+    peak = peak_live_bytes(
+        repeatable_step(trainable, [rows[i] for i in largest]), device=trainable.device
+    )
+    timed = [[rows[i] for i in batch] for batch in batches[:num_steps]]
+    seconds = median_step_seconds(
+        repeatable_step(trainable, *timed),
+        device=trainable.device,
+        warmup=len(timed),
+        repeats=len(timed),
+    )
+    return {"peak_bytes": peak, "step_seconds": seconds, "batch_size": config.training.batch_size}
 
 
 def _padded_tokens(rows: list[Encoded], batch: list[int]) -> int:

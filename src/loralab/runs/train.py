@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,7 @@ def _carry_out(run: Run, bench: Workbench, trainable: Trainable, listen: Listene
         ) from None
 
 
-def _train_and_evaluate(
-    run: Run, bench: Workbench, trainable: Trainable, listen: Listener
-) -> Run:
+def _train_and_evaluate(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> Run:
     facts = _fit(run, bench, trainable, listen)
     facts |= _save(run, bench, trainable)
     evaluations = {}
@@ -127,9 +126,7 @@ def _fit(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> 
         for event in fit(trainable, rows["train"], rows["validation"], run.folder):
             if isinstance(event, Started):
                 settings = run.config.model_dump()
-                sinks = open_sinks(
-                    run.config.training.sinks, run.folder, settings, step=event.step
-                )
+                sinks = open_sinks(run.config.training.sinks, run.folder, settings, step=event.step)
             facts |= _facts(event)
             _tell(event, listen)
             _log(event, sinks)
@@ -172,7 +169,7 @@ def _facts(event: Event) -> dict[str, Any]:
                 "order_hash": event.order_hash,
                 "steps": event.total_steps,
                 "environment": event.environment,
-                "findings": [_as_row(finding) for finding in event.findings],
+                "findings": [asdict(finding) for finding in event.findings],
             }
         case Finished():
             return {
@@ -220,15 +217,6 @@ def _tell_finding(finding: Finding, listen: Listener) -> None:
         listen(Note(finding.message))
     else:
         listen(Note(f"{finding.message} {finding.next_step}".strip(), warning=True))
-
-
-def _as_row(finding: Finding) -> dict[str, str]:
-    return {
-        "level": finding.level,
-        "name": finding.name,
-        "message": finding.message,
-        "next_step": finding.next_step,
-    }
 
 
 def _log(event: Event, sinks: Sequence[Sink]) -> None:

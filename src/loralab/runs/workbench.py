@@ -49,9 +49,7 @@ def open_workbench(config: RunConfig, listen: Listener) -> Workbench:
     Raises `DataError`, `FetchError` or `ModelError`; nothing is written but the cache.
     """
     listen(Phase(f"reading {config.data.name or config.data.train}", None, "rows"))
-    dataset = load_dataset(
-        config.data, task=config.model.task, num_labels=config.model.num_labels
-    )
+    dataset = load_dataset(config.data, task=config.model.task, num_labels=config.model.num_labels)
     tokenizer = load_tokenizer(config.model.name)
     bench = Workbench(config, dataset, tokenizer)
     counts = ", ".join(f"{len(bench.rows[split])} {split}" for split in SPLITS)

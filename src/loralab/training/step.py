@@ -86,8 +86,8 @@ class Stepper:
                 self._unreached.discard(name)
 
 
-def repeatable_step(trainable: Trainable, rows: Sequence[Encoded]) -> Callable[[], Outcome]:
-    """A whole optimiser step on the same rows at every call, for meters of memory and time.
+def repeatable_step(trainable: Trainable, *batches: Sequence[Encoded]) -> Callable[[], Outcome]:
+    """A whole optimiser step at every call, on `batches` in turn, for meters of memory and time.
 
     It changes the trained weights, and holds what a training holds between steps: the optimiser's
     state, and no gradients.
@@ -95,5 +95,5 @@ def repeatable_step(trainable: Trainable, rows: Sequence[Encoded]) -> Callable[[
     optimiser = Optimiser(trainable.groups, trainable.training)
     forward = Forward(trainable.model, trainable.task, route=trainable.route)
     stepper = Stepper(trainable, optimiser, forward)
-    numbers = itertools.count(1)
-    return lambda: stepper.step(next(numbers), rows, 1.0)
+    numbers, turn = itertools.count(1), itertools.cycle(batches)
+    return lambda: stepper.step(next(numbers), next(turn), 1.0)
