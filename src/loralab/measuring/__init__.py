@@ -1,0 +1,30 @@
+"""Metrics with their intervals, statistics of comparisons, meters of memory and time."""
+
+from loralab.measuring.memory import live_bytes, peak_live_bytes
+from loralab.measuring.statistics import (
+    CountsBound,
+    Estimate,
+    McNemar,
+    PairedDifference,
+    holm,
+    mcnemar,
+    mean_over_seeds,
+    paired_difference,
+    paired_difference_from_counts,
+)
+from loralab.measuring.timing import median_step_seconds
+
+__all__ = [
+    "CountsBound",
+    "Estimate",
+    "McNemar",
+    "PairedDifference",
+    "holm",
+    "live_bytes",
+    "mcnemar",
+    "mean_over_seeds",
+    "median_step_seconds",
+    "paired_difference",
+    "paired_difference_from_counts",
+    "peak_live_bytes",
+]

@@ -4,6 +4,7 @@ import gc
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,10 +75,11 @@ def _allocations(work: Callable[[], object]) -> list[int]:
     results = profiler.profiler
     assert results is not None
     assert results.kineto_results is not None
+    records: list[Any] = results.kineto_results.events()  # its stub lacks what is asked here
     events = [
-        (event.start_ns(), event.nbytes())
-        for event in results.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+        (record.start_ns(), record.nbytes())
+        for record in records
+        if record.name() == "[memory]" and record.device_type().name == "CPU"
     ]
     events.sort(key=lambda event: event[0])
     return [num_bytes for _, num_bytes in events]

@@ -1,6 +1,6 @@
 """What `fit` tells its caller, one small value at a time."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +79,6 @@ class Finished:
     best_nll: float | None
     best_accuracy: float | None
     stopped_early: bool
-    validations: tuple[Validated, ...] = field(default=())
 
 
 Event = Started | StepDone | Examined | Validated | CheckpointSaved | Finished

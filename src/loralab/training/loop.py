@@ -154,14 +154,13 @@ class _Run:
             progress.best_step = progress.best_step or progress.step
             self._best = self._best or _copies(self._optimiser.trained())
             self._save()
-        best = next((v for v in progress.validations if v["step"] == progress.best_step), None)
+        best = next((v for v in progress.validations if v["step"] == progress.best_step), {})
         return Finished(
             step=progress.step,
             best_step=progress.best_step,
-            best_nll=best and best["nll"],
-            best_accuracy=best and best["accuracy"],
+            best_nll=best.get("nll"),
+            best_accuracy=best.get("accuracy"),
             stopped_early=progress.stopped_early,
-            validations=tuple(Validated(**v, seconds=0.0) for v in progress.validations),
         )
 
     def _step(self, step: int, indices: Sequence[int]) -> StepDone:
