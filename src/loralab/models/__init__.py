@@ -1,7 +1,8 @@
 """Base models, their tokenizers and task heads; where their parts are; facts about sizes."""
 
 from loralab.models.classify import Pooling
-from loralab.models.load import Dtype, Task, build_model, load_model
+from loralab.models.load import build_model, load_model
+from loralab.models.options import Dtype, Task
 from loralab.models.prefix import replaced_prefix, run_prefix
 from loralab.models.presets import PRESETS
 from loralab.models.structure import (

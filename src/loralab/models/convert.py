@@ -96,13 +96,13 @@ def _locked(folder: Path) -> FileLock:
     return FileLock(folder.with_name(folder.name + ".lock"))
 
 
-def _tensors(reader: GGUFReader, facts: dict[str, Any]) -> dict[str, Float[np.ndarray, "..."]]:
+def _tensors(reader: GGUFReader, facts: dict[str, Any]) -> dict[str, np.ndarray]:
     """Every tensor in float32 under transformers' name."""
     heads = {
         "q_proj": facts["llama.attention.head_count"],
         "k_proj": facts["llama.attention.head_count_kv"],
     }
-    found: dict[str, Float[np.ndarray, "..."]] = {}
+    found: dict[str, np.ndarray] = {}
     for tensor in reader.tensors:
         name = _transformers_name(tensor.name)
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)

@@ -3,38 +3,24 @@
 `build_model` gives the same structure from a configuration without any weights.
 """
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from loralab.errors import ModelError, nearest
-from loralab.models.classify import FACTS, Pooling, classifier_class, set_head_dropout
+from loralab.models.classify import Pooling
+from loralab.models.options import Dtype, Options, Task
 from loralab.models.presets import PRESETS
 from loralab.models.quiet import quiet
 from loralab.models.resolve import check_weights, model_folder
 from loralab.models.structure import head_name
 
 logger = logging.getLogger("loralab")
-
-Task = Literal["classification", "causal"]
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-_CLASSES = {
-    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    "causal": MODEL_FOR_CAUSAL_LM_MAPPING,
-}
-_HEAD_DROPOUTS = ("classifier_dropout", "classifier_dropout_prob", "cls_dropout")
 
 
 def load_model(
@@ -69,12 +55,12 @@ def load_model(
     config = _read_config(folder)
     saved_labels = config.num_labels
     check_weights(folder)
-    settings = _Settings(task, num_labels, head_bias, head_dropout, dropout, pooling)
-    model_class = settings.apply(config)
+    options = Options(task, num_labels, head_bias, head_dropout, dropout, pooling)
+    model_class = options.apply(config)
     model, info = _read(model_class, folder, config, dtype, saved_labels)
     _check_loaded(model, info, name, task)
     fresh = _initialise(model, info["missing_keys"], seed)
-    settings.finish(model, fresh)
+    options.finish(model, fresh)
     return model.to(device)  # pyright: ignore[reportArgumentType]  (its stub drops str)
 
 
@@ -99,59 +85,14 @@ def build_model(
     are those of `load_model`. Raises `ModelError` for an unknown preset or model type.
     """
     config = _config_of(architecture)
-    settings = _Settings(task, num_labels, head_bias, head_dropout, dropout, pooling)
-    model_class = settings.apply(config)
-    with quiet(), torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
+    options = Options(task, num_labels, head_bias, head_dropout, dropout, pooling)
+    model_class = options.apply(config)
+    drawn_on = "meta" if torch.device(device).type == "meta" else "cpu"
+    with quiet(), torch.random.fork_rng(devices=[]), torch.device(drawn_on):
+        torch.default_generator.manual_seed(seed)
         model = model_class._from_config(config, dtype=getattr(torch, dtype))
-    settings.finish(model, head_name(model) if task == "classification" else None)
-    return model.eval()
-
-
-class _Settings:
-    """What the caller asked of the model beyond its architecture."""
-
-    def __init__(
-        self,
-        task: Task,
-        num_labels: int,
-        head_bias: bool,
-        head_dropout: float,
-        dropout: float | None,
-        pooling: Pooling,
-    ) -> None:
-        self.task: Task = task
-        self.num_labels = num_labels
-        self.head_bias = head_bias
-        self.head_dropout = head_dropout
-        self.dropout = dropout
-        self.pooling: Pooling = pooling
-
-    def apply(self, config: PretrainedConfig) -> type[PreTrainedModel]:
-        """Writes the settings into `config`; returns the class to make the model of."""
-        plain = _plain_class(config, self.task)
-        if self.dropout is not None:
-            _set_base_dropout(config, self.dropout)
-        if self.task == "causal":
-            return plain
-        config.num_labels = self.num_labels
-        config.problem_type = "single_label_classification"
-        facts = getattr(config, FACTS, {})
-        pooling = facts.get("pooling", "native") if self.pooling == "native" else self.pooling
-        bias = self.head_bias or bool(facts.get("bias"))
-        setattr(config, FACTS, {"pooling": pooling, "bias": bias})
-        return classifier_class(plain)
-
-    def finish(self, model: PreTrainedModel, fresh_head: str | None) -> None:
-        """The settings that are no part of the configuration, and the mark of a fresh head."""
-        model._loralab_fresh_head = fresh_head  # pyright: ignore[reportAttributeAccessIssue]
-        _train_every_token_row(model)
-        if self.dropout is not None:
-            for module in model.base_model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = self.dropout
-        if self.task == "classification":
-            set_head_dropout(model, self.head_dropout)
+    options.finish(model, head_name(model) if task == "classification" else None)
+    return model.eval().to(device)  # pyright: ignore[reportArgumentType]  (its stub drops str)
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
@@ -170,15 +111,8 @@ def _read_config(folder: Path) -> PretrainedConfig:
 
 def _config_of(architecture: str | Mapping[str, Any] | PretrainedConfig) -> PretrainedConfig:
     if isinstance(architecture, PretrainedConfig):
-        return type(architecture).from_dict(architecture.to_dict())
-    if isinstance(architecture, str):
-        if architecture not in PRESETS:
-            raise ModelError(
-                f"there is no preset {architecture!r}; {nearest(architecture, PRESETS)}",
-                "give a preset's name or the facts as a dict with model_type.",
-            )
-        architecture = PRESETS[architecture]
-    facts = dict(architecture)
+        return copy.deepcopy(architecture)
+    facts = dict(_preset(architecture) if isinstance(architecture, str) else architecture)
     model_type = str(facts.pop("model_type", None))
     try:
         return AutoConfig.for_model(model_type, **facts)
@@ -188,32 +122,13 @@ def _config_of(architecture: str | Mapping[str, Any] | PretrainedConfig) -> Pret
         ) from error
 
 
-def _plain_class(config: PretrainedConfig, task: Task) -> type[PreTrainedModel]:
-    if type(config) not in _CLASSES[task]:
+def _preset(name: str) -> Mapping[str, Any]:
+    if name not in PRESETS:
         raise ModelError(
-            f"transformers has no {task} model for the type {config.model_type!r}",
-            "choose another task or another model.",
+            f"there is no preset {name!r}; {nearest(name, PRESETS)}",
+            "give a preset's name or the facts as a dict with model_type.",
         )
-    found = _CLASSES[task][type(config)]
-    return found[0] if isinstance(found, tuple) else found
-
-
-def _set_base_dropout(config: PretrainedConfig, probability: float) -> None:
-    for key, value in config.to_dict().items():
-        is_rate = isinstance(value, int | float) and ("dropout" in key or key.endswith("pdrop"))
-        if is_rate and key not in _HEAD_DROPOUTS:
-            setattr(config, key, probability)
-
-
-def _train_every_token_row(model: PreTrainedModel) -> None:
-    """Lets the gradient reach the padding token's row of the embedding.
-
-    `nn.Embedding(padding_idx)` drops it, also where the id means something in a text (SmolLM2:
-    pad = <|im_end|>). Real padding gets no gradient anyway: attention does not look at it.
-    """
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, nn.Embedding):
-        embedding.padding_idx = None
+    return PRESETS[name]
 
 
 def _read(
@@ -221,12 +136,12 @@ def _read(
     folder: Path,
     config: PretrainedConfig,
     dtype: Dtype,
-    saved_labels: int,
+    saved_labels: int | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model with the folder's weights, and transformers' report of what did not fit."""
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
-            return model_class.from_pretrained(
+            loaded = model_class.from_pretrained(
                 folder,
                 config=config,
                 dtype=getattr(torch, dtype),
@@ -234,6 +149,7 @@ def _read(
                 use_safetensors=True,
                 output_loading_info=True,
             )
+            return cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         if saved_labels != config.num_labels and "size" in str(error):
             raise ModelError(

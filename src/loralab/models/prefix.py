@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from loralab.errors import ModelError
 from loralab.models.structure import blocks
 
-Hidden = Float[Tensor, "rows tokens width"]
-
 
 def run_prefix(
     model: nn.Module,
@@ -45,7 +43,9 @@ def run_prefix(
 
 
 @contextmanager
-def replaced_prefix(model: nn.Module, num_blocks: int, hidden: Hidden) -> Iterator[None]:
+def replaced_prefix(
+    model: nn.Module, num_blocks: int, hidden: Float[Tensor, "rows tokens width"]
+) -> Iterator[None]:
     """Inside, a forward of `model` passes over its first `num_blocks` blocks and goes on with
     `hidden` (rows, tokens, width), the result of `run_prefix` for the same batch.
 
@@ -73,13 +73,16 @@ _tuple_sizes: dict[type[nn.Module], int] = {}
 
 @contextmanager
 def _passing_over(block: nn.Module, hidden: Tensor) -> Iterator[None]:
-    original = block.forward
     # On the instance: the class's forward stays for the upper blocks, and so do hooks and names.
-    block.forward = _stand_in(block, original, hidden)
+    own = vars(block).get("forward")
+    block.forward = _stand_in(block, block.forward, hidden)
     try:
         yield
     finally:
-        del block.forward
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
 
 
 def _stand_in(block: nn.Module, original: Callable[..., Any], hidden: Tensor) -> Callable[..., Any]:

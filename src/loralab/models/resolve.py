@@ -45,9 +45,12 @@ def model_folder(name: str) -> Path:
 
 def check_weights(folder: Path) -> None:
     """Raises `ModelError` that lists every weight file of `folder` that is missing or damaged."""
-    index = folder / "model.safetensors.index.json"
-    files = _indexed_files(index) if index.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        files = _indexed_files(index)
+    else:
         raise _without_safetensors(folder)
     faults = [fault for file in files if (fault := _fault(file))]
     if faults:
@@ -120,6 +123,6 @@ def _without_safetensors(folder: Path) -> ModelError:
     if pickles:
         return pickle_error(str(folder), pickles)
     return ModelError(
-        f"{folder} has a config.json but no safetensors file",
+        f"{folder} has a config.json but no model.safetensors",
         "copy the weights there too, or download the model again.",
     )
