@@ -1,6 +1,13 @@
 """Metrics with their intervals, statistics of comparisons, meters of memory and time."""
 
 from loralab.measuring.memory import live_bytes, peak_live_bytes
+from loralab.measuring.metrics import (
+    Interval,
+    classification_metrics,
+    completion_metrics,
+    confusion_matrix,
+    wilson,
+)
 from loralab.measuring.statistics import (
     CountsBound,
     Estimate,
@@ -17,8 +24,12 @@ from loralab.measuring.timing import median_step_seconds
 __all__ = [
     "CountsBound",
     "Estimate",
+    "Interval",
     "McNemar",
     "PairedDifference",
+    "classification_metrics",
+    "completion_metrics",
+    "confusion_matrix",
     "holm",
     "live_bytes",
     "mcnemar",
@@ -27,4 +38,5 @@ __all__ = [
     "paired_difference",
     "paired_difference_from_counts",
     "peak_live_bytes",
+    "wilson",
 ]
