@@ -1,0 +1,158 @@
+"""The low-rank path of each kind of layer: `A` shrinks the input to the rank, `B` expands it.
+
+A: (rank, in), B: (out, rank), whatever the layer; a convolution's A is its kernel, flattened.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loralab.adapters.adapter import Kind, Layer
+
+
+class Path(ABC):
+    """How one kind of layer applies a pair. `hidden` keeps the input's rows as dimension 0."""
+
+    @abstractmethod
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """(out, in) of the delta."""
+
+    @abstractmethod
+    def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
+        """The base weight as the matrix that the delta is added to (a view)."""
+
+    @abstractmethod
+    def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        """`A x`: the hidden value, rank in the dimension that `expand` reads."""
+
+    @abstractmethod
+    def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
+        """`B hidden`: shaped like the layer's output."""
+
+
+class LinearPath(Path):
+    """nn.Linear; the weight is (out, in)."""
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        rows, columns = cast(Tensor, module.weight).shape
+        return rows, columns
+
+    def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
+        return cast(Tensor, module.weight)
+
+    def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A)
+
+    def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
+        return F.linear(hidden, B)
+
+
+class TransposedPath(LinearPath):
+    """transformers' Conv1D: a linear layer whose weight is (in, out)."""
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        rows, columns = cast(Tensor, module.weight).shape
+        return columns, rows
+
+    def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
+        return cast(Tensor, module.weight).mT
+
+
+class EmbeddingPath(LinearPath):
+    """nn.Embedding: a linear layer on one-hot inputs whose weight (in, out) is looked up."""
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        rows, columns = cast(Tensor, module.weight).shape
+        return columns, rows
+
+    def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
+        return cast(Tensor, module.weight).mT
+
+    def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        embedding = cast(nn.Embedding, module)
+        return F.embedding(x, A.mT, embedding.padding_idx, None, 2.0, False, False)
+
+
+class ConvolutionPath(Path):
+    """nn.Conv1d, 2d, 3d: A convolves as the base does, B mixes channels at each position.
+
+    In a grouped convolution every group applies the same A to its own channels and its own rows
+    of B, so that the delta is a kernel of the base's shape.
+    """
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        weight = cast(Tensor, module.weight)
+        return weight.shape[0], math.prod(weight.shape[1:])
+
+    def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
+        return cast(Tensor, module.weight).flatten(1)
+
+    def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        conv: Any = module
+        kernel = A.view(A.shape[0], *conv.weight.shape[1:])
+        if conv.groups > 1:
+            kernel = kernel.repeat(conv.groups, *(1 for _ in kernel.shape[1:]))
+        # the base's own method, so that padding modes are its own too
+        return conv._conv_forward(x, kernel, None)
+
+    def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
+        conv: Any = module
+        pointwise = B.view(*B.shape, *(1 for _ in conv.kernel_size))
+        function = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel_size) - 1]
+        return function(hidden, pointwise, groups=conv.groups)
+
+
+LINEAR, TRANSPOSED, EMBEDDING = LinearPath(), TransposedPath(), EmbeddingPath()
+CONVOLUTION = ConvolutionPath()
+
+_PATHS: tuple[tuple[type[nn.Module], Path, Kind], ...] = (
+    (nn.Linear, LINEAR, "linear"),
+    (Conv1D, TRANSPOSED, "linear"),
+    (nn.Embedding, EMBEDDING, "embedding"),
+    (nn.Conv1d, CONVOLUTION, "conv1d"),
+    (nn.Conv2d, CONVOLUTION, "conv2d"),
+    (nn.Conv3d, CONVOLUTION, "conv3d"),
+)
+
+
+def path_of(module: nn.Module) -> Path | None:
+    """How a pair is applied to this module; None where no low-rank form is known."""
+    return next((path for kind, path, _ in _PATHS if isinstance(module, kind)), None)
+
+
+def layer_of(module: nn.Module) -> Layer:
+    """The `Layer` of a module that `path_of` knows."""
+    kind: Kind = next(name for cls, _, name in _PATHS if isinstance(module, cls))
+    kernel = getattr(module, "kernel_size", ()) if kind.startswith("conv") else ()
+    return Layer(kind=kind, kernel=tuple(kernel))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means this module."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def low_rank(
+    module: nn.Module,
+    path: Path,
+    x: Shaped[Tensor, "rows *rest"],
+    A: Float[Tensor, "rank in"],
+    B: Float[Tensor, "out rank"],
+    scale: float | Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`scale * B (A x)`, shaped like the layer's output, computed in `dtype`.
+
+    The scale (a number, or one a row) is applied to the thin hidden value. This is the one place
+    where the formula stands.
+    """
+    hidden = path.shrink(module, x, A.to(dtype))
+    if isinstance(scale, Tensor) or scale != 1:
+        hidden = hidden * scale
+    return path.expand(module, hidden, B.to(dtype))

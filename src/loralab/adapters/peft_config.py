@@ -1,0 +1,206 @@
+"""`adapter_config.json`, PEFT's words for our settings, both ways."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.settings import LoRAConfig
+from loralab.errors import ConfigError
+
+# keys that say nothing about what the tensors do
+INERT = frozenset(
+    """peft_type auto_mapping base_model_name_or_path revision task_type inference_mode peft_version
+    r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern target_modules exclude_modules
+    modules_to_save bias use_dora fan_in_fan_out init_lora_weights layers_to_transform
+    layers_pattern trainable_token_indices loftq_config eva_config corda_config lora_ga_config
+    runtime_config megatron_config megatron_core qalora_group_size ensure_weight_tying
+    """.split()  # noqa: SIM905  (a list of words reads better as words)
+)
+# initialisers that changed the base, so that the factors fit no untouched base
+MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
+TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def from_peft(raw: Any, faults: list[str]) -> LoRAConfig | None:
+    """PEFT's settings as ours; what is wrong or not expressible is added to `faults` by name."""
+    if not isinstance(raw, dict):
+        faults.append(f"adapter_config.json holds a {type(raw).__name__}, not a table")
+        return None
+    before = len(faults)
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        faults.append(f"peft_type is {kind!r}; only LORA is known")
+    faults.extend(
+        f"{key} is {value!r}, which has no counterpart here"
+        for key, value in raw.items()
+        if key not in INERT and value not in (None, False, [], {}, "")
+    )
+    init = raw.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(MOVES_THE_BASE):
+        faults.append(
+            f"init_lora_weights is {init!r}, which changed the base; save it from PEFT with"
+            " path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    _check_types(raw, faults)
+    if len(faults) > before:
+        return None
+    try:
+        return LoRAConfig(
+            rank=raw.get("r", 8),
+            alpha=float(raw.get("lora_alpha", 8)),
+            targets=raw.get("target_modules") or (),
+            exclude=_listed(raw.get("exclude_modules")),
+            dropout=float(raw.get("lora_dropout") or 0.0),
+            scaling="alpha/sqrt(rank)" if raw.get("use_rslora") else "alpha/rank",
+            whole_modules=raw.get("modules_to_save") or (),
+            layers=_numbers(raw.get("layers_to_transform")),
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
+            token_rows=_token_rows(raw.get("trainable_token_indices")),
+            biases=BIASES[raw.get("bias") or "none"],
+            dora=bool(raw.get("use_dora")),
+        )
+    except ConfigError as error:
+        faults.append(error.cause)
+        return None
+
+
+def to_peft(adapter: Adapter) -> dict[str, Any]:
+    """Our settings as PEFT writes them, such that PEFT builds exactly this adapter's modules."""
+    config = adapter.config
+    ranks = {name: A.shape[0] for name, (A, _) in adapter.pairs.items()}
+    alphas = {name: config.alpha_at(name) for name in ranks}
+    rank, rank_pattern = _with_exceptions(ranks, config.rank)
+    alpha, alpha_pattern = _with_exceptions(alphas, config.alpha)
+    return {
+        "peft_type": "LORA",
+        "task_type": _task_type(adapter),
+        "auto_mapping": None,
+        "base_model_name_or_path": adapter.facts.get("base_model"),
+        "revision": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.scaling == "alpha/sqrt(rank)",
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": target_modules(adapter),
+        "exclude_modules": None,
+        "modules_to_save": list(adapter.whole_modules) or None,
+        "bias": {ours: theirs for theirs, ours in BIASES.items()}[config.biases],
+        "use_dora": config.dora,
+        "fan_in_fan_out": adapter.facts.get("fan_in_fan_out") == "true",
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "trainable_token_indices": {
+            name: indices.tolist() for name, (indices, _) in adapter.token_rows.items()
+        }
+        or None,
+    }
+
+
+def target_modules(adapter: Adapter) -> list[str] | str:
+    """The shortest list of suffixes that means exactly the adapter's modules, else an expression.
+
+    PEFT matches every module of the model against suffixes; `facts["modules"]` lists the last
+    parts of names that occur outside the adapter too and so are of no use.
+    """
+    paths = sorted(adapter.pairs)
+    avoid = set(adapter.facts.get("ambiguous", "").split())
+    suffixes = sorted({path.rpartition(".")[2] for path in paths})
+    if "model_class" in adapter.facts and not avoid.intersection(suffixes):
+        return suffixes
+    collide = any(p != q and p.endswith("." + q) for p in paths for q in paths if len(q) < len(p))
+    if len(paths) == 1 or not collide:
+        return paths
+    return "|".join(path.replace(".", r"\.") for path in paths)
+
+
+def _task_type(adapter: Adapter) -> str | None:
+    """PEFT adds a head to train for these tasks; so none is named where the head is not ours."""
+    name = adapter.facts.get("model_class", "")
+    task = next((task for ending, task in TASK_TYPES.items() if name.endswith(ending)), None)
+    has_head = any(w.rpartition(".")[2] in ("score", "classifier") for w in adapter.whole_modules)
+    if task in ("SEQ_CLS", "TOKEN_CLS") and not has_head:
+        return None
+    return None if task == "QUESTION_ANS" and "qa_outputs" not in adapter.whole_modules else task
+
+
+def _with_exceptions(values: Mapping[str, Any], usual: Any) -> tuple[Any, dict[str, Any]]:
+    """The usual value and the modules (full names, as anchored expressions) that differ."""
+    found = set(values.values())
+    if len(found) == 1:
+        usual = found.pop()
+    anchored = {
+        "^" + name.replace(".", r"\."): value for name, value in values.items() if value != usual
+    }
+    return usual, anchored
+
+
+def _check_types(raw: Mapping[str, Any], faults: list[str]) -> None:
+    """Names every value whose kind would make reading fail."""
+    rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        faults.append(f"r is {rank!r}, not a whole number")
+    for key, value in (("lora_alpha", alpha), ("lora_dropout", raw.get("lora_dropout") or 0.0)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            faults.append(f"{key} is {value!r}, not a finite number")
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = raw.get(key)
+        if not (value is None or isinstance(value, str) or _is_list(value, str)):
+            faults.append(f"{key} is {value!r}, neither a string nor a list of strings")
+    faults.extend(
+        f"{key} is {raw[key]!r}, not a table"
+        for key in ("rank_pattern", "alpha_pattern")
+        if not isinstance(raw.get(key) or {}, dict)
+    )
+    layers = raw.get("layers_to_transform")
+    if not (layers is None or isinstance(layers, int) or _is_list(layers, int)):
+        faults.append(f"layers_to_transform is {layers!r}, not a list of numbers")
+    tokens = raw.get("trainable_token_indices")
+    table = isinstance(tokens, dict) and all(_is_list(rows, int) for rows in tokens.values())
+    if not (tokens is None or table or _is_list(tokens, int)):
+        faults.append(f"trainable_token_indices is {tokens!r}, no table of row numbers")
+    if (raw.get("bias") or "none") not in BIASES:
+        faults.append(f"bias is {raw['bias']!r}; known: {', '.join(BIASES)}")
+    task = raw.get("task_type")
+    if not (task is None or isinstance(task, str)):
+        faults.append(f"task_type is {task!r}, not a word")
+    faults.extend(
+        f"{key} holds {value!r}, a path that climbs out of its folder"
+        for key in ("base_model_name_or_path", "modules_to_save")
+        for value in _listed(raw.get(key))
+        if isinstance(value, str) and ".." in value.split("/")
+    )
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _numbers(value: Any) -> list[int] | None:
+    return None if value is None else _listed(value)
+
+
+def _token_rows(value: Any) -> dict[str, list[int]]:
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else {"embed_tokens": value}

@@ -1,0 +1,116 @@
+"""Between a model and an adapter's folder."""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from loralab.adapters import layers
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.attaching import check_name, extract, open_host, put_pair, put_whole
+from loralab.adapters.fingerprint import check_fingerprint, fingerprint
+from loralab.adapters.hosting import host_of, plain_copy, plain_tensors
+from loralab.adapters.peft_format import read_adapter, write_adapter
+from loralab.adapters.targets import walk
+from loralab.errors import AdapterError
+
+
+def save_adapter(model: nn.Module, name: str, path: str | Path) -> None:
+    """Writes an attached adapter in PEFT's format, with every tensor that differs from the base."""
+    write_adapter(extract(model, name), path)
+
+
+def load_adapter(
+    model: nn.Module, path: str | Path, name: str = "default", *, check_base: bool = True
+) -> None:
+    """Reads a PEFT folder and attaches it; see `install` for what is checked first."""
+    install(model, read_adapter(path), name, check_base=check_base)
+
+
+def install(
+    model: nn.Module, adapter: Adapter, name: str = "default", *, check_base: bool = True
+) -> None:
+    """Attaches an adapter that exists as a value; its parameters train.
+
+    Every name and shape is compared with the model's first. Raises `AdapterError` that lists all
+    mismatches, or says how the base differs from the adapter's own (unless `check_base=False`);
+    the model is as before then.
+    """
+    check_name(model, name)
+    modules = dict(walk(model))
+    faults = [*_faults_of_pairs(adapter, modules), *_faults_of_whole(adapter, modules)]
+    if faults:
+        shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
+        raise AdapterError(
+            "\n  - ".join(["the adapter does not fit this model", *shown]),
+            "load the model that it was made for; nothing was changed.",
+        )
+    host = host_of(model)
+    if check_base and adapter.base is not None:
+        own = host.fingerprint if host is not None else fingerprint(model)
+        check_fingerprint(adapter.base, own or {})
+    copies = {path: _filled(modules[path], path, adapter) for path in adapter.whole_modules}
+    host = open_host(model)
+    host.configs[name] = adapter.config
+    host.facts[name] = dict(adapter.facts)
+    for path, (A, B) in adapter.pairs.items():
+        device = next(modules[path].parameters()).device
+        put_pair(host, modules[path], path, name, adapter.config, _own(A, device), _own(B, device))
+    for path, copied in copies.items():
+        put_whole(host, modules[path], path, name, copied)
+
+
+def _own(tensor: Tensor, device: object) -> Tensor:
+    return tensor.detach().to(device=device, dtype=tensor.float().dtype)  # type: ignore[call-overload]
+
+
+def _faults_of_pairs(adapter: Adapter, modules: dict[str, nn.Module]) -> list[str]:
+    faults = []
+    for path, (A, B) in adapter.pairs.items():
+        module = modules.get(path)
+        way = layers.path_of(module) if module is not None else None
+        if module is None or way is None:
+            what = "the model has no such module" if module is None else type(module).__name__
+            faults.append(f"{path}: {what}")
+            continue
+        if (B.shape[0], A.shape[1]) != way.features(module):
+            out, into = way.features(module)
+            faults.append(f"{path}: delta of {B.shape[0]} x {A.shape[1]}, weight of {out} x {into}")
+    return faults
+
+
+def _faults_of_whole(adapter: Adapter, modules: dict[str, nn.Module]) -> list[str]:
+    faults = []
+    for path in adapter.whole_modules:
+        if path not in modules:
+            faults.append(f"{path}: the model has no such module")
+            continue
+        own = plain_tensors(modules[path])
+        given = _tensors_of(adapter, path)
+        faults += [f"{path}.{name}: missing from the adapter" for name in own.keys() - given.keys()]
+        faults += [
+            f"{path}.{name}: the model has no such tensor" for name in given.keys() - own.keys()
+        ]
+        faults += [
+            f"{path}.{name}: {tuple(given[name].shape)}, the model's is {tuple(own[name].shape)}"
+            for name in own.keys() & given.keys()
+            if own[name].shape != given[name].shape
+        ]
+    return faults
+
+
+def _tensors_of(adapter: Adapter, path: str) -> dict[str, Tensor]:
+    prefix = f"{path}."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in adapter.extra.items()
+        if name.startswith(prefix)
+    }
+
+
+def _filled(module: nn.Module, path: str, adapter: Adapter) -> nn.Module:
+    """An adapter's copy of the module with its tensors in it."""
+    copied = plain_copy(module)
+    given = _tensors_of(adapter, path)
+    for name, tensor in plain_tensors(copied).items():
+        tensor.data = given[name].to(device=tensor.device, dtype=given[name].dtype)
+    return copied

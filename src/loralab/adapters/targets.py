@@ -1,0 +1,149 @@
+"""Which modules a config means: names, suffixes, regular expressions, "all-linear"."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+
+from torch import nn
+
+from loralab.adapters.layers import is_linear, path_of
+from loralab.adapters.settings import LoRAConfig
+from loralab.errors import TargetError
+
+ADAPTERS = "adapters"  # the child that holds a module's adapters
+HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "classification_head", "qa_outputs"})
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of the base: adapters are not entered, so that it costs the same with any
+    number of them. A module under two names is given once, under the first."""
+    seen = {id(model)}
+    stack = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        yield name, module
+        prefix = f"{name}." if name else ""
+        for key, child in reversed(module._modules.items()):
+            if child is not None and key != ADAPTERS and id(child) not in seen:
+                seen.add(id(child))
+                stack.append((prefix + key, child))
+
+
+def output_head(model: nn.Module) -> set[str]:
+    """Names of the modules that make the model's output; "all-linear" leaves them out."""
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    fresh = getattr(model, "_loralab_fresh_head", None)
+    return {
+        name
+        for name, module in walk(model)
+        if name and (module is output or name == fresh or name.rpartition(".")[2] in HEAD_NAMES)
+    }
+
+
+def select(model: nn.Module, config: LoRAConfig) -> tuple[list[str], list[str]]:
+    """(modules that get a pair, modules trained whole), in the model's order.
+
+    Raises `TargetError` that lists every target, exclusion and whole module that matches nothing,
+    each with the nearest module name.
+    """
+    modules = {name: module for name, module in walk(model) if name}
+    faults: list[str] = []
+    whole = _by_suffix(config.whole_modules, modules, "whole module", faults)
+    excluded = _by_suffix(config.exclude, modules, "exclusion", faults)
+    chosen = [
+        name
+        for name in _targeted(model, config, modules, faults)
+        if name not in excluded and not any(_within(name, owner) for owner in whole)
+    ]
+    if config.layers is not None:
+        chosen = _in_layers(chosen, config.layers, faults)
+    if faults:
+        raise TargetError(
+            "\n  - ".join([f"{len(faults)} fault{'s' if len(faults) > 1 else ''}", *faults]),
+            "`loralab.targets(model)` shows every module with what an adapter on it costs.",
+        )
+    outermost = [name for name in whole if not any(_within(name, o) for o in whole if o != name)]
+    return chosen, outermost
+
+
+def _targeted(
+    model: nn.Module, config: LoRAConfig, modules: Mapping[str, nn.Module], faults: list[str]
+) -> list[str]:
+    if config.targets == "all-linear":
+        heads = output_head(model)
+        found = [
+            name
+            for name, module in modules.items()
+            if is_linear(module) and not any(_within(name, head) for head in heads)
+        ]
+        if not found:
+            faults.append("target 'all-linear': the model has no linear layer but its head")
+        return found
+    if isinstance(config.targets, str):
+        return _by_expression(config.targets, modules, faults)
+    found = _by_suffix(config.targets, modules, "target", faults)
+    faults.extend(_no_path(name, modules) for name in found if path_of(modules[name]) is None)
+    return list(found)
+
+
+def _by_expression(
+    expression: str, modules: Mapping[str, nn.Module], faults: list[str]
+) -> list[str]:
+    adaptable = {name: module for name, module in modules.items() if path_of(module) is not None}
+    found = [name for name in adaptable if re.fullmatch(expression, name)]
+    if not found:
+        hint = _nearest_module(expression, adaptable)
+        if _by_suffix((expression,), modules, "", []):
+            hint = f"a string must match the whole name; for a suffix write [{expression!r}]"
+        faults.append(f"target {expression!r} (a regular expression) matches no module; {hint}")
+    return found
+
+
+def _by_suffix(
+    suffixes: Sequence[str], modules: Mapping[str, nn.Module], what: str, faults: list[str]
+) -> dict[str, None]:
+    found: dict[str, None] = {}
+    unused = set(suffixes)
+    endings = set(suffixes)
+    for name in modules:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            ending = ".".join(parts[start:])
+            if ending in endings:
+                found[name] = None
+                unused.discard(ending)
+    faults.extend(
+        f"{what} {suffix!r} matches no module; {_nearest_module(suffix, modules)}"
+        for suffix in suffixes
+        if suffix in unused
+    )
+    return found
+
+
+def _nearest_module(word: str, modules: Mapping[str, nn.Module]) -> str:
+    known = {name.rpartition(".")[2] for name in modules} | set(modules)
+    known = {name for name in known if not name.isdigit()} or known
+    close = get_close_matches(word, sorted(known), n=1, cutoff=0.0)
+    return f"the nearest is {close[0]!r}" if close else "the model has no submodules"
+
+
+def _no_path(name: str, modules: Mapping[str, nn.Module]) -> str:
+    inner = [n for n, m in modules.items() if _within(n, name) and path_of(m) is not None]
+    cause = f"target {name!r} is a {type(modules[name]).__name__}, which has no low-rank form"
+    return f"{cause}; inside it: {', '.join(inner[:4])}" if inner else cause
+
+
+def _in_layers(names: list[str], layers: Sequence[int], faults: list[str]) -> list[str]:
+    """Those whose block number (the first number in the name) is asked for."""
+    numbers = {name: next((int(p) for p in name.split(".") if p.isdigit()), None) for name in names}
+    missing = sorted(set(layers) - {number for number in numbers.values() if number is not None})
+    if missing:
+        known = sorted({number for number in numbers.values() if number is not None})
+        span = f"blocks {known[0]} to {known[-1]}" if known else "no numbered blocks"
+        faults.append(f"layers {missing} match no module; the targets lie in {span}")
+    return [name for name in names if numbers[name] in layers]
+
+
+def _within(name: str, owner: str) -> bool:
+    return name == owner or name.startswith(owner + ".")
