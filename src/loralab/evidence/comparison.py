@@ -13,9 +13,10 @@ from loralab.evidence.verdict import Standing, write_verdict
 from loralab.measuring import (
     classification_metrics,
     completion_metrics,
-    confusion_matrix,
     mcnemar,
 )
+
+_OF_THE_TEST_SET = {"rows", "documents", "seeds"}  # the same for all methods, told once
 
 
 def build_comparison(
@@ -129,8 +130,13 @@ def _open_end(result: MethodResult) -> str | None:
     return None
 
 
+def _truth(test: TestSet) -> np.ndarray:
+    """What a right prediction is; in a causal task predictions already say whether they match."""
+    return np.ones(len(test.ids), dtype=int) if test.labels is None else test.labels
+
+
 def _correct(run: SeedPredictions, test: TestSet) -> np.ndarray:
-    return run.predictions == (1 if test.labels is None else test.labels)
+    return run.predictions == _truth(test)
 
 
 def _contest(measured: Sequence[MethodResult], test: TestSet) -> Contest:
@@ -188,36 +194,22 @@ def _describe_rates(result: MethodResult) -> list[dict[str, Any]]:
 
 def _describe_quality(result: MethodResult, test: TestSet) -> dict[str, Any]:
     if not _is_measured(result):
-        return {"accuracy": None, "nll": None, "by_seed": []}
+        return {"accuracy": None, "nll": None, "per_seed": []}
     predictions = np.stack([run.predictions for run in result.seeds])
     nll = np.stack([run.nll for run in result.seeds])
-    by_seed = [
-        {
-            "seed": run.seed,
-            "accuracy": float(_correct(run, test).mean()),
-            "nll": float(run.nll.mean()),
-        }
-        for run in result.seeds
-    ]
     if test.labels is None or test.label_names is None:
         figures = completion_metrics(predictions == 1, nll, groups=test.documents)
-        return {"accuracy": figures["accuracy"], "nll": figures["nll"], "by_seed": by_seed}
-    num_labels = len(test.label_names)
-    figures = classification_metrics(test.labels, predictions, nll, num_labels, test.documents)
-    for row in by_seed:
-        run = next(run for run in result.seeds if run.seed == row["seed"])
-        matrix = confusion_matrix(test.labels, run.predictions, num_labels)
-        row["confusion"] = matrix.tolist()
-    return {
-        "accuracy": figures["accuracy"],
-        "nll": figures["nll"],
-        "macro_f1": figures["macro_f1"],
-        "per_class": [
-            {**entry, "name": test.label_names[entry["label"]]} for entry in figures["per_class"]
-        ],
-        "confusion": figures["confusion"],
-        "by_seed": by_seed,
-    }
+    else:
+        names = test.label_names
+        figures = classification_metrics(test.labels, predictions, nll, len(names), test.documents)
+        figures["per_class"] = [
+            {**entry, "name": names[entry["label"]]} for entry in figures["per_class"]
+        ]
+    figures["per_seed"] = [
+        {"seed": run.seed, **entry}
+        for run, entry in zip(result.seeds, figures["per_seed"], strict=True)
+    ]
+    return {key: value for key, value in figures.items() if key not in _OF_THE_TEST_SET}
 
 
 def _describe_pair(pair: Pair) -> dict[str, Any]:
@@ -252,7 +244,7 @@ def _mcnemar_by_seed(measured: Sequence[MethodResult], test: TestSet) -> list[di
                             "seed": run.seed,
                             "only_a": result.only_a,
                             "only_b": result.only_b,
-                            "p_exact": result.p_exact,
+                            "p": result.p_exact,
                             "p_mid": result.p_mid,
                         }
                     )
@@ -281,22 +273,29 @@ def _disagreements(
     differing = np.flatnonzero((votes != votes[0]).any(axis=0))
     gap = np.ptp(nll[:, differing], axis=0)
     chosen = differing[np.argsort(-gap, kind="stable")][:most]
-    names = test.label_names
     return [
         {
             "id": test.ids[row],
-            "label": None if names is None or test.labels is None else names[test.labels[row]],
+            "label": None if test.labels is None else int(test.labels[row]),
+            "label_name": None if test.labels is None else _name(int(test.labels[row]), test),
             "predictions": {
-                result.method: int(vote) if names is None else names[vote]
-                for result, vote in zip(measured, votes[:, row], strict=True)
-            },
-            "nll": {
-                result.method: float(value)
-                for result, value in zip(measured, nll[:, row], strict=True)
+                result.method: {
+                    "prediction": int(votes[index, row]),
+                    "prediction_name": _name(int(votes[index, row]), test),
+                    "correct": bool(votes[index, row] == _truth(test)[row]),
+                    "nll": float(nll[index, row]),
+                }
+                for index, result in enumerate(measured)
             },
         }
         for row in chosen
     ]
+
+
+def _name(prediction: int, test: TestSet) -> str:
+    if test.label_names is None:
+        return "exact match" if prediction == 1 else "no match"
+    return test.label_names[prediction]
 
 
 def _majority(result: MethodResult) -> np.ndarray:

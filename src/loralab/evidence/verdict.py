@@ -110,7 +110,13 @@ def _why_not(standing: Standing, ahead: str) -> str:
     )
     if significant and vetoes:
         return f", but significantly worse than {_listed(vetoes)} in {_other_measure(standing)}"
-    return ", too little to tell them apart"
+    beaten = [
+        method
+        for method in standing.contest.methods
+        if method != ahead and standing.contest.beats(ahead, method)
+    ]
+    told = f", though {ahead} does beat {_listed(beaten)}" if beaten else ""
+    return f", too little to tell them apart{told}"
 
 
 def _smallest(standing: Standing, pair: Pair) -> str:
@@ -137,7 +143,7 @@ def _secondary(standing: Standing, winner: str | None) -> str:
             if other != one
         )
     ]
-    return f"; in {_other_measure(standing)} {best[0]} is better than each other" if best else ""
+    return f"; in {_other_measure(standing)} {best[0]} is better than every other" if best else ""
 
 
 def _constant(standing: Standing) -> str:

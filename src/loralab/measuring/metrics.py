@@ -68,9 +68,9 @@ def classification_metrics(
 
     `groups` names each row's document; without it rows are independent. `nll` is in nats.
     Returns rows, documents, seeds, accuracy, nll, macro_f1, per_class (label, support, precision,
-    recall, f1) and confusion (rows = truth, summed over seeds). A class that is never predicted has
-    precision and F1 0, as in scikit-learn's `zero_division=0`; macro F1 is over the classes that
-    occur among the labels or predictions.
+    recall, f1), confusion_matrix (rows = truth, summed over seeds) and per_seed. A class that is
+    never predicted has precision and F1 0, as in scikit-learn's `zero_division=0`; macro F1 is over
+    the classes that occur among the labels or predictions.
     """
     predictions, nll = np.atleast_2d(predictions), np.atleast_2d(nll)
     matrices = [confusion_matrix(labels, row, num_labels) for row in predictions]
@@ -99,7 +99,18 @@ def classification_metrics(
             }
             for label in range(num_labels)
         ],
-        "confusion": np.sum(matrices, axis=0).tolist(),
+        "confusion_matrix": np.sum(matrices, axis=0).tolist(),
+        "per_seed": [
+            {
+                "accuracy": float((predicted_labels == labels).mean()),
+                "nll": float(seed_nll.mean()),
+                "macro_f1": float(seed_f1),
+                "confusion_matrix": matrix.tolist(),
+            }
+            for predicted_labels, seed_nll, seed_f1, matrix in zip(
+                predictions, nll, _macro_f1(counts), matrices, strict=True
+            )
+        ],
     }
 
 
@@ -116,12 +127,16 @@ def completion_metrics(
     over *tokens*, comes too.
     """
     correct, nll = np.atleast_2d(correct), np.atleast_2d(nll)
-    metrics = {
+    metrics: dict = {
         "rows": nll.shape[1],
         "documents": _num_documents(groups, nll.shape[1]),
         "seeds": len(nll),
         "accuracy": accuracy_interval(correct, groups),
         "nll": mean_interval(nll, groups),
+        "per_seed": [
+            {"accuracy": float(seed_correct.mean()), "nll": float(seed_nll.mean())}
+            for seed_correct, seed_nll in zip(correct, nll, strict=True)
+        ],
     }
     if num_tokens is not None:
         # A ratio of sums: its error is that of its linearisation around the ratio.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
-from scipy import stats
+from scipy import special, stats
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -54,7 +54,7 @@ class PairedDifference(Estimate):
     def detectable(self, alpha: float = 1 - CONFIDENCE, power: float = POWER) -> float:
         """The true difference that a two-sided test at `alpha` finds with probability `power`."""
         reach = _critical(alpha, self.degrees_of_freedom) * self.standard_error
-        margin = float(stats.t.ppf(power, self.degrees_of_freedom)) * self.expected_error
+        margin = float(special.stdtrit(self.degrees_of_freedom, power)) * self.expected_error
         return (reach + margin) * float(np.sqrt(_median_correction(self.degrees_of_freedom)))
 
 
@@ -266,7 +266,7 @@ def _combine(parts: list[tuple[float, float]], residual: float) -> tuple[float, 
 
 def _median_correction(degrees_of_freedom: float) -> float:
     """What makes a variance estimate too small as often as too large."""
-    return degrees_of_freedom / float(stats.chi2.ppf(0.5, degrees_of_freedom))
+    return degrees_of_freedom / float(special.chdtri(degrees_of_freedom, 0.5))
 
 
 def _p_value(estimate: Estimate) -> float:
@@ -275,8 +275,8 @@ def _p_value(estimate: Estimate) -> float:
     if estimate.standard_error == 0:
         return 0.0
     t = abs(estimate.value) / estimate.standard_error
-    return float(2 * stats.t.sf(t, estimate.degrees_of_freedom))
+    return float(2 * special.stdtr(estimate.degrees_of_freedom, -t))
 
 
 def _critical(alpha: float, degrees_of_freedom: float) -> float:
-    return float(stats.t.isf(alpha / 2, degrees_of_freedom))
+    return -float(special.stdtrit(degrees_of_freedom, alpha / 2))
