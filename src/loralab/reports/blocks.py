@@ -46,17 +46,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column's heading; `ticks` are (share of the axis, label) of a column of bars."""
+    """A column's heading; `ticks` are (share of the axis, label) of a column of bars.
+
+    Over bars the label is for screen readers only, and `bar_width` is their axis in pixels.
+    """
 
     label: str
     detail: str = ""
     numeric: bool = True
     ticks: tuple[tuple[float, str], ...] = ()
+    bar_width: int = 120
 
 
 @dataclass(frozen=True)
 class Table:
-    """The first cell of each row is its heading."""
+    """The first cell of each row is its heading; one that repeats the row above is not drawn."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -70,10 +74,11 @@ class Table:
 
 @dataclass(frozen=True)
 class TableGrid:
-    """Small tables side by side."""
+    """Small tables side by side; `packed` fills columns of equal width with them."""
 
     kind: ClassVar[str] = "tables"
     tables: tuple[Table, ...]
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,18 +89,18 @@ class Figure:
     heading: str
     spec: Mapping[str, Any]
     swatch: Swatch | None = None
+    legend: tuple[Swatch, ...] = ()
 
 
 @dataclass(frozen=True)
 class FigureGrid:
-    """Charts side by side that share a caption, and the table of their figures."""
+    """Charts side by side that share a caption, and the tables of their figures."""
 
     kind: ClassVar[str] = "figures"
     caption: str
     figures: tuple[Figure, ...]
-    table: Table
+    tables: tuple[Table, ...]
     legend: tuple[Swatch, ...] = ()
-    title: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ by any Vega-Lite. Inside a page its style sheet recolours axes and text for dark
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from loralab.reports.blocks import Swatch
 from loralab.reports.formats import finite
 
 Spec = dict[str, Any]
+CostKind = Literal["count", "bytes", "seconds"]
 
 # Told apart with every common colour blindness, and at least 3:1 on both paper and night.
 _STYLES = {
@@ -30,6 +31,23 @@ _SHAPE_PATHS = {
     "cross": "M4.4 1h3.2v3.4H11v3.2H7.6V11H4.4V7.6H1V4.4h3.4Z",
 }
 _INK, _RULE = "#3d4650", "#dfe3e8"
+_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
+# Vega expressions that write an axis value, by what the axis measures.
+_COST_LABELS = {
+    "count": "datum.value < 1000 ? format(datum.value, '~r') : format(datum.value, '~s')",
+    "bytes": (
+        "datum.value == 0 ? '0' : "
+        f"datum.value >= {_GIB} ? format(datum.value / {_GIB}, '.3~r') + ' GiB' : "
+        f"datum.value >= {_MIB} ? format(datum.value / {_MIB}, '.3~r') + ' MiB' : "
+        f"datum.value >= {_KIB} ? format(datum.value / {_KIB}, '.3~r') + ' KiB' : "
+        "format(datum.value, '.3~r') + ' B'"
+    ),
+    "seconds": (
+        "datum.value == 0 ? '0' : "
+        "datum.value < 1 ? format(datum.value * 1000, '.3~r') + ' ms' : "
+        "format(datum.value, '.3~r') + ' s'"
+    ),
+}
 _LOG_RATIO = 5  # an axis whose values span more than this ratio is logarithmic
 _MAX_POINTS = 200  # a line in a chart is thinned to about so many points
 
@@ -78,42 +96,32 @@ def learning_rate_chart(
         {"field": "extended", "type": "nominal", "title": "grid extended by it"},
     ]
     point = {"type": "point", "shape": swatch.shape, "size": 55, "opacity": 1}
-    return _spec(
-        description,
-        points,
-        layer=[
+    ring = {"shape": "circle", "size": 260, "filled": False, "stroke": _INK, "strokeWidth": 1.5}
+    layers = {
+        "line": (points, {"type": "line", "color": swatch.colour, "strokeWidth": 1.5}),
+        "tried": (
+            [p for p in points if not p["extended"]],
+            {**point, "filled": True, "color": swatch.colour},
+        ),
+        "extended": (
+            [p for p in points if p["extended"]],
+            {**point, "fill": "white", "stroke": swatch.colour, "strokeWidth": 1.5},
+        ),
+        "best": ([p for p in points if p["best"]], {**point, **ring}),
+    }
+    return {
+        **_spec(description, None),
+        "layer": [
             {
-                "mark": {"type": "line", "color": swatch.colour, "strokeWidth": 1.5},
-                "encoding": {"x": x, "y": y},
-            },
-            {
-                "name": "tried",
-                "transform": [{"filter": "!datum.extended"}],
-                "mark": {**point, "filled": True, "color": swatch.colour},
+                "name": name,
+                "data": {"values": list(rows)},
+                "mark": mark,
                 "encoding": {"x": x, "y": y, "tooltip": tooltip},
-            },
-            {
-                "name": "extended",
-                "transform": [{"filter": "datum.extended"}],
-                "mark": {**point, "fill": "white", "stroke": swatch.colour, "strokeWidth": 1.5},
-                "encoding": {"x": x, "y": y, "tooltip": tooltip},
-            },
-            {
-                "name": "best",
-                "transform": [{"filter": "datum.best"}],
-                "mark": {
-                    "type": "point",
-                    "shape": "circle",
-                    "size": 260,
-                    "filled": False,
-                    "stroke": _INK,
-                    "strokeWidth": 1.5,
-                    "opacity": 1,
-                },
-                "encoding": {"x": x, "y": y},
-            },
+            }
+            for name, (rows, mark) in layers.items()
+            if rows
         ],
-    )
+    }
 
 
 def loss_chart(
@@ -203,7 +211,10 @@ def schedule_chart(
                 "field": "rate",
                 "type": "quantitative",
                 "title": "learning rate",
-                "axis": {"tickCount": 4, "format": "~e"},
+                "axis": {
+                    "tickCount": 4,
+                    "labelExpr": "datum.value == 0 ? '0' : format(datum.value, '~e')",
+                },
             },
             "color": {
                 "field": "group",
@@ -225,7 +236,7 @@ def cost_chart(
     styles: Sequence[Swatch],
     *,
     cost_title: str,
-    cost_labels: str,
+    cost_kind: CostKind,
     quality_title: str,
     quality_format: str,
     description: str,
@@ -233,7 +244,7 @@ def cost_chart(
     """Quality with its interval against a cost, a point a method.
 
     Rows have `method`, `cost`, `mean`, `low`, `high` and, for the tooltip, `cost_text` and
-    `quality_text`. `cost_labels` is a Vega expression that writes `datum.value` on the axis.
+    `quality_text`. `cost_kind` decides how the axis is written.
     """
     costs = [cost for row in rows if (cost := finite(row["cost"])) is not None]
     logarithmic = bool(costs) and min(costs) > 0 and max(costs) > _LOG_RATIO * min(costs)
@@ -244,7 +255,13 @@ def cost_chart(
         if logarithmic
         else {"zero": True, "padding": 16, "nice": True},
         "title": cost_title + (", logarithmic" if logarithmic else ""),
-        "axis": {"grid": False, "tickCount": 4, "labelExpr": cost_labels, "labelOverlap": "greedy"},
+        "axis": {
+            "grid": False,
+            "tickCount": 3,
+            "labelExpr": _COST_LABELS[cost_kind],
+            "labelOverlap": "greedy",
+            **(_binary_ticks(costs, logarithmic) if cost_kind == "bytes" else {}),
+        },
     }
     axis = {"tickCount": 4, "format": quality_format}
     y_scale = {"zero": False, "nice": True, "padding": 6}
@@ -329,6 +346,29 @@ def padded_range(values: Iterable[Any]) -> list[float]:
         return [low / 1.15, high * 1.15]
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     return [low - margin, high + margin]
+
+
+def _binary_ticks(sizes: Sequence[float], logarithmic: bool) -> Spec:
+    """Axis values at round binary sizes; nothing where Vega's own do."""
+    if not sizes or max(sizes) <= 0:
+        return {}
+    steps = [
+        m * unit for unit in (1, _KIB, _MIB, _GIB) for m in (1, 2, 5, 10, 20, 50, 100, 200, 500)
+    ]
+    if logarithmic:
+        ticks = [
+            s
+            for s in steps
+            if str(s // _unit(s))[0] == "1" and min(sizes) / 4 <= s <= 4 * max(sizes)
+        ]
+    else:
+        step = next((s for s in steps if max(sizes) / s < 3), None)
+        ticks = [] if step is None else [i * step for i in range(math.floor(max(sizes) / step) + 1)]
+    return {"values": ticks} if len(ticks) > 1 else {}
+
+
+def _unit(size: float) -> int:
+    return next(unit for unit in (_GIB, _MIB, _KIB, 1) if size >= unit)
 
 
 def _scale(domain: Sequence[float]) -> Spec:

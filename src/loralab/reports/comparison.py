@@ -9,12 +9,11 @@ from loralab.reports.charts import swatches
 from loralab.reports.curves import cost_section, learning_rate_section, loss_section
 from loralab.reports.details import (
     class_section,
-    data_section,
     disagreement_section,
     economy_section,
     seed_section,
-    settings_section,
 )
+from loralab.reports.facts import data_section, settings_section
 from loralab.reports.parts import count_cell, figure_cell, interval, share_cell, size_cell
 
 Row = Mapping[str, Any]
@@ -27,7 +26,7 @@ def comparison_page(comparison: Row, loss_curves: Mapping[str, Sequence[Row]] | 
     styles = swatches(str(row["method"]) for row in methods)
     sections = [
         _method_section(methods, styles, comparison.get("winner")),
-        _pair_section(comparison, styles),
+        _pair_section(comparison),
         learning_rate_section(methods, styles, comparison.get("settings") or {}),
         loss_section(methods, styles, loss_curves or {}),
         class_section(methods, styles, comparison),
@@ -44,7 +43,7 @@ def comparison_page(comparison: Row, loss_curves: Mapping[str, Sequence[Row]] | 
         title=f"Comparison of {names}" if names else "Comparison",
         kicker=" · ".join(["Comparison of fine-tuning methods", *_subject(comparison)]),
         headline=str(comparison.get("verdict") or "This comparison has no verdict."),
-        status=f"Winner: {winner}" if winner else "No winner is named.",
+        status=f"Winner: {winner}" if winner else "",
         badge=styles.get(str(winner)) if winner else None,
         facts=_headline_facts(comparison, methods),
         sections=tuple(section for section in sections if section is not None),
@@ -73,34 +72,16 @@ def _headline_facts(comparison: Row, methods: Sequence[Row]) -> Facts:
 
 
 def _split_facts(split: str, data: Row) -> list[tuple[str, str, str]]:
-    """Rows (and documents, where these are fewer) of a split, however the facts are nested."""
-    counts = _split_counts(split, data)
-    if "rows" not in counts:
+    """Rows of a split, and its documents where these are fewer."""
+    facts = (data.get("splits") or {}).get(split) or {}
+    rows = facts.get("rows", data.get(f"{split}_rows"))
+    documents = facts.get("documents", data.get(f"{split}_documents"))
+    if rows is None:
         return []
-    text = f"{formats.exact(counts['rows'])} rows"
-    documents = counts.get("documents")
-    if documents is not None and documents != counts["rows"]:
+    text = f"{formats.exact(rows)} rows"
+    if documents is not None and documents != rows:
         text += f", {formats.exact(documents)} documents"
     return [(split, text, "")]
-
-
-def _split_counts(split: str, data: Row) -> dict[str, Any]:
-    counts: dict[str, Any] = {}
-    for kind in ("rows", "documents"):
-        by_kind = data.get(kind)
-        nested = data.get(split)
-        splits = data.get("splits")
-        by_split = splits.get(split) if isinstance(splits, Mapping) else None
-        candidates = (
-            by_kind.get(split) if isinstance(by_kind, Mapping) else None,
-            nested.get(kind) if isinstance(nested, Mapping) else None,
-            by_split.get(kind) if isinstance(by_split, Mapping) else None,
-            data.get(f"{split}_{kind}"),
-        )
-        known = [count for count in candidates if isinstance(count, int)]
-        if known:
-            counts[kind] = known[0]
-    return counts
 
 
 def _method_section(
@@ -116,13 +97,13 @@ def _method_section(
     ticks = tuple((axis.share(value), label(value, 1)) for value in axis.ends) if axis else ()
     columns = [Column("method", numeric=False)]
     columns += [Column("accuracy", "95 % interval")] if has_accuracy else []
-    columns += [Column("", ticks=ticks)] if axis else []
+    columns += [Column(f"{main}, drawn", ticks=ticks)] if axis else []
     columns += [Column("neg. log-likelihood", "95 % interval")]
     columns += [Column("macro F1", "95 % interval")] if has_f1 else []
     columns += [
-        Column("best learning rate"),
+        Column("best", "learning rate"),
         Column("trainable", "of all parameters"),
-        Column("peak memory"),
+        Column("peak", "memory"),
         Column("a step"),
         Column("on disk"),
     ]
@@ -207,30 +188,36 @@ def _interval_bar(axis: _Axis, value: Any, swatch: Swatch) -> Cell:
     return Cell("", bar=bar)
 
 
-def _pair_section(comparison: Row, styles: Mapping[str, Swatch]) -> Section | None:
-    accuracy, nll = comparison.get("pairs") or (), comparison.get("nll_pairs") or ()
-    tables = []
-    if nll:
-        caption = (
-            "Difference in negative log-likelihood, nats (first method minus second): below zero "
-            "the first is better."
-        )
-        tables.append(_forest(nll, caption, _nats, "Log-likelihood"))
-    if accuracy:
-        caption = (
-            "Difference in accuracy, percentage points (first method minus second): above zero "
-            "the first is better."
-        )
-        tables.append(_forest(accuracy, caption, formats.points, "Accuracy"))
+def _pair_section(comparison: Row) -> Section | None:
+    by_accuracy = _forest(
+        comparison.get("pairs") or (),
+        "Difference in accuracy, percentage points (first method minus second): above zero the "
+        "first is better.",
+        formats.points,
+        "Accuracy",
+    )
+    by_nll = _forest(
+        comparison.get("nll_pairs") or (),
+        "Difference in negative log-likelihood, nats (first method minus second): below zero the "
+        "first is better.",
+        _nats,
+        "Log-likelihood",
+    )
+    primary = comparison.get("primary")
+    order = (by_nll, by_accuracy) if primary == "nll" else (by_accuracy, by_nll)
+    tables = tuple(table for table in order if table.rows)
     if not tables:
         return None
     lead = (
         "The verdict rests on these. Each row compares two methods on the same test rows, with "
         "the spread between seeds in the interval. The grey band is what this comparison could "
-        "not have told from zero: a true difference as large as its edge would be found in 80 % "
-        "of such comparisons."
+        "easily have missed: a true difference as large as its edge shows in 80 % of repeats."
     )
-    return Section("differences", "Paired differences", "Differences", tuple(tables), lead)
+    if primary in ("accuracy", "nll"):
+        measures = ("accuracy", "log-likelihood")
+        decides, other = measures if primary == "accuracy" else measures[::-1]
+        lead += f" Only {decides} can make a winner; {other} can only take a win away."
+    return Section("differences", "Paired differences", "Differences", tables, lead)
 
 
 def _nats(difference: Any) -> str:
@@ -248,14 +235,14 @@ def _forest(pairs: Sequence[Row], caption: str, write: Any, heading: str) -> Tab
     ticks = tuple((axis.share(value), write(value)) for value in (axis.ends[0], 0.0, axis.ends[1]))
     columns = (
         Column("pair", numeric=False),
+        Column("drawn", ticks=ticks, bar_width=240),
         Column("difference"),
         Column("95 % interval"),
-        Column("", ticks=ticks),
         Column("p", "Holm-corrected"),
         Column("detectable", "80 % power"),
     )
     rows = tuple(_forest_row(pair, axis, write) for pair in pairs)
-    note = "A filled point marks a difference with p < 0.05 after correction over all pairs."
+    note = "A filled point marks a difference with p < 0.05 after correction."
     return Table(caption, columns, rows, note=note, heading=heading)
 
 
@@ -272,10 +259,10 @@ def _forest_row(pair: Row, axis: _Axis, write: Any) -> tuple[Cell, ...]:
         bar = Bar(low_x, x, high_x, zero=axis.share(0), band=band, hollow=not significant)
     return (
         Cell(f"{pair.get('a')} − {pair.get('b')}"),
+        Cell("", bar=bar),
         Cell(write(difference), strong=significant),
         Cell(formats.span(write(low), write(high))),
-        Cell("", bar=bar),
-        Cell(formats.p_value(p), title="" if p is None else f"{p:.3g}"),
+        Cell(formats.p_value(p), title=_p_title(pair)),
         Cell("—" if detectable is None else f"±{write(detectable).lstrip('+')}"),
     )
 
@@ -285,3 +272,10 @@ def _footer(comparison: Row) -> str:
     if not isinstance(versions, Mapping):
         return ""
     return " · ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _p_title(pair: Row) -> str:
+    p, raw = formats.finite(pair.get("p")), formats.finite(pair.get("p_raw"))
+    parts = [] if p is None else [f"{p:.3g}"]
+    parts += [] if raw is None else [f"before correction {raw:.3g}"]
+    return ", ".join(parts)

@@ -1,6 +1,6 @@
 """The sections of a comparison that are charts: learning rates, losses, cost against quality."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loralab.reports import charts, formats
@@ -10,21 +10,11 @@ from loralab.reports.parts import interval, share_cell
 Row = Mapping[str, Any]
 Styles = Mapping[str, Swatch]
 
-_SI = "datum.value < 1000 ? format(datum.value, '~r') : format(datum.value, '~s')"
-_BYTES = (
-    "datum.value >= 1073741824 ? format(datum.value / 1073741824, '.3~r') + ' GiB' : "
-    "datum.value >= 1048576 ? format(datum.value / 1048576, '.3~r') + ' MiB' : "
-    "format(datum.value / 1024, '.3~r') + ' KiB'"
-)
-_SECONDS = (
-    "datum.value < 1 ? format(datum.value * 1000, '.3~r') + ' ms' : "
-    "format(datum.value, '.3~r') + ' s'"
-)
-_COSTS = (
-    ("trainable_parameters", "trainable parameters", _SI, formats.count),
-    ("peak_bytes", "peak memory", _BYTES, formats.data_size),
-    ("step_seconds", "seconds a step", _SECONDS, formats.duration),
-    ("artifact_bytes", "bytes on disk", _BYTES, formats.data_size),
+_COSTS: tuple[tuple[str, str, charts.CostKind, Callable[[Any], str]], ...] = (
+    ("trainable_parameters", "trainable parameters", "count", formats.count),
+    ("peak_bytes", "peak memory", "bytes", formats.data_size),
+    ("step_seconds", "time of a step", "seconds", formats.duration),
+    ("artifact_bytes", "size on disk", "bytes", formats.data_size),
 )
 
 
@@ -77,14 +67,13 @@ def learning_rate_section(methods: Sequence[Row], styles: Styles, settings: Row)
         "The ring marks the best rate of each method; hollow points were added because the best "
         "lay on an edge of the grid. All panels share the loss axis.",
         figures,
-        table,
+        (table,),
     )
-    edge = [str(row["method"]) for row in methods if row.get("bracketed") is False]
     lead = "Each method was given its own grid of learning rates, and the best was chosen on the "
     lead += "validation rows, never on the test rows."
-    if edge:
-        lead += f" The best rate of {' and '.join(edge)} still lies on an edge of its grid, so a "
-        lead += "better one may exist, and no winner can be named."
+    reasons = [str(row["open_end"]) for row in methods if row.get("open_end")]
+    if reasons:
+        lead += f" No winner can be named, because {'; '.join(reasons)}."
     return Section("rates", "Learning rates", "Learning rates", (grid,), lead)
 
 
@@ -147,7 +136,7 @@ def loss_section(
         f"Thin lines: training loss ({average}), one a seed. Thick lines with points: validation "
         "loss. All panels share the loss axis.",
         figures,
-        table,
+        (table,),
     )
     return Section("losses", "Loss during training", "Losses", (grid,))
 
@@ -173,21 +162,21 @@ def cost_section(methods: Sequence[Row], styles: Styles) -> Section | None:
                     _cost_points(measured, cost, key, write_cost, write),
                     [styles[name] for name in names],
                     cost_title=cost_title,
-                    cost_labels=labels,
+                    cost_kind=kind,
                     quality_title=title,
                     quality_format=axis_format,
                     description=f"{title} against {cost_title}",
                 ),
             )
-            for cost, cost_title, labels, write_cost in costs
+            for cost, cost_title, kind, write_cost in costs
         )
         grids.append(
             FigureGrid(
                 f"{title[0].upper()}{title[1:]} on the test rows with its 95 % interval, against "
                 f"four costs: {direction}, further left is cheaper.",
                 figures,
-                _cost_table(measured, key, title, costs, styles, write),
-                legend=tuple(styles[name] for name in names),
+                (_cost_table(measured, key, title, costs, styles, write),),
+                legend=tuple(styles[name] for name in names) if not grids else (),
             )
         )
     if not grids:

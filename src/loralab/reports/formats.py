@@ -11,7 +11,6 @@ from typing import Any
 
 MISSING = "—"
 _MINUS = "\N{MINUS SIGN}"
-_RANGE = "\N{THIN SPACE}–\N{THIN SPACE}"
 
 
 def finite(value: Any) -> float | None:
@@ -45,8 +44,11 @@ def points(difference: Any, decimals: int = 2) -> str:
 
 
 def span(low: str, high: str) -> str:
-    """Two formatted ends as one interval."""
-    return MISSING if MISSING in (low, high) else f"{low}{_RANGE}{high}"
+    """Two formatted ends as one interval; signed ends are joined by a word."""
+    if MISSING in (low, high):
+        return MISSING
+    signed = any(end.startswith((_MINUS, "+")) for end in (low, high))
+    return f"{low}{' to ' if signed else '–'}{high}"
 
 
 def count(value: Any) -> str:
@@ -112,8 +114,22 @@ def p_value(value: Any) -> str:
 
 
 def words(key: str) -> str:
-    """A key as words: `train_rows` -> `train rows`."""
-    return key.replace("_", " ")
+    """A key as words: `train_rows` -> `train rows`; some keys have a better name."""
+    return _NAMES.get(key) or key.replace("_", " ")
+
+
+_NAMES = {
+    "nll": "neg. log-likelihood",
+    "macro_f1": "macro F1",
+    "f1": "F1",
+    "validation_nll": "validation loss",
+    "step_seconds": "a step",
+    "total_seconds": "training time",
+    "peak_bytes": "peak memory",
+    "artifact_bytes": "on disk",
+    "base_bytes": "base model",
+    "total_bytes": "in total",
+}
 
 
 def plain(value: Any, key: str = "") -> str:
@@ -137,15 +153,17 @@ def plain(value: Any, key: str = "") -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def flatten(tables: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings as (dotted key, value) rows, in their order."""
+def flatten(
+    tables: Mapping[str, Any], prefix: str = "", separator: str = "."
+) -> list[tuple[str, Any]]:
+    """Nested mappings as (joined keys, value) rows, in their order."""
     rows: list[tuple[str, Any]] = []
     for key, value in tables.items():
-        dotted = f"{prefix}{key}"
+        joined = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            rows.extend(flatten(value, f"{dotted}."))
+            rows.extend(flatten(value, f"{joined}{separator}", separator))
         else:
-            rows.append((dotted, value))
+            rows.append((joined, value))
     return rows
 
 

@@ -80,19 +80,32 @@ def confusion_table(
     return Table(caption, columns, tuple(rows), wide=False, **heading)
 
 
-def per_class_rows(per_class: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """(label, {precision, recall, f1, ...}) from a list of rows or a mapping by label."""
-    if isinstance(per_class, Mapping):
-        return [(str(label), figures) for label, figures in per_class.items()]
+def class_rows(per_class: Any, labels: Sequence[str]) -> list[tuple[Cell, ...]]:
+    """A row a class: its name, precision, recall, F1 with intervals, and how many rows it has."""
     return [
-        (str(row.get("label", row.get("name", index))), row)
+        (
+            Cell(str(row.get("name") or class_name(row.get("label", index), labels))),
+            *(share_cell(row.get(key)) for key in ("precision", "recall", "f1")),
+            Cell(formats.exact(row.get("support"))),
+        )
         for index, row in enumerate(per_class or ())
     ]
 
 
-def support_cell(figures: Mapping[str, Any]) -> Cell:
-    """How many test rows a class has."""
-    return Cell(formats.exact(figures.get("support", figures.get("rows"))))
+CLASS_COLUMNS = (
+    Column("class", numeric=False),
+    Column("precision", "95 % interval"),
+    Column("recall", "95 % interval"),
+    Column("F1", "95 % interval"),
+    Column("rows"),
+)
+
+
+def class_name(label: Any, labels: Sequence[str]) -> str:
+    """A class by its name where it is given by its number."""
+    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(labels):
+        return str(labels[label])
+    return str(label)
 
 
 def settings_tables(settings: Mapping[str, Any]) -> list[Table]:
@@ -106,12 +119,27 @@ def settings_tables(settings: Mapping[str, Any]) -> list[Table]:
         Table(
             "",
             columns,
-            tuple((Cell(key), Cell(setting(key, value))) for key, value in rows),
+            tuple((Cell(key), Cell(setting(f"{section}.{key}", value))) for key, value in rows),
             heading=f"[{section}]" if section else "general",
             wide=False,
         )
         for section, rows in sections.items()
     ]
+
+
+def facts_table(heading: str, facts: Mapping[str, Any], *, counts: bool = False) -> Table:
+    """Plain facts, units by the ends of their keys; `counts` writes them in three digits."""
+    rows = tuple(
+        (
+            Cell(formats.words(key)),
+            count_cell(value)
+            if counts and not key.endswith("bytes")
+            else Cell(formats.plain(value, key)),
+        )
+        for key, value in formats.flatten(facts, separator=" · ")
+    )
+    columns = (Column("figure", numeric=False), Column("value"))
+    return Table("", columns, rows, heading=heading, wide=False)
 
 
 def setting(key: str, value: Any) -> str:

@@ -16,17 +16,18 @@ from loralab.reports.blocks import (
     Notes,
     Page,
     Section,
+    Swatch,
     Table,
     TableGrid,
 )
-from loralab.reports.details import data_section, settings_section
+from loralab.reports.facts import data_section, settings_section
 from loralab.reports.parts import (
+    CLASS_COLUMNS,
+    class_rows,
     confusion_table,
+    facts_table,
     interval,
     metric_cell,
-    per_class_rows,
-    share_cell,
-    support_cell,
 )
 
 Row = Mapping[str, Any]
@@ -119,7 +120,7 @@ def _result_section(run: Row) -> Section | None:
     names: dict[str, None] = {}
     for evaluation in evaluations.values():
         for name, value in evaluation["metrics"].items():
-            if interval(value)[0] is not None:
+            if not isinstance(value, int) and interval(value)[0] is not None:
                 names.setdefault(name, None)
     if not names:
         return None
@@ -144,55 +145,72 @@ def _curve_section(run: Row) -> Section | None:
     train, validation = run.get("train") or (), run.get("validation") or ()
     rates = run.get("learning_rates") or {}
     style = charts.swatches([method := str(_subject(run)[0])])[method]
-    grids: list[Block] = []
+    figures, tables, captions = [], [], []
     if train or validation:
-        span = charts.smoothing_span(len(train))
-        smoothed = [
-            {"run": method, "step": step, "loss": round(loss, 5)}
-            for step, loss in charts.smooth(train, span)
-        ]
-        scored = [
-            {"run": method, "step": step, "loss": loss}
-            for step, loss, *_ in validation
-            if formats.finite(loss) is not None
-        ]
-        domain = charts.padded_range(row["loss"] for row in smoothed + scored)
-        description = "Training and validation loss against the step"
-        spec = charts.loss_chart(smoothed, scored, style, domain, description)
-        averaged = f", averaged over about {span} steps" if span > 1 else ""
-        caption = f"Thin line: training loss{averaged}. Thick line with points: validation loss."
-        last = Cell(formats.number(smoothed[-1]["loss"] if smoothed else None, 4))
-        table = _validation_table(validation, run.get("best_step"), last)
-        grids.append(FigureGrid(caption, (Figure("loss", "", spec),), table))
+        spec, table, caption = _loss_figure(train, validation, style, run.get("best_step"))
+        figures.append(Figure("loss", "Loss", spec))
+        tables.append(table)
+        captions.append(caption)
     if rates:
-        styles = list(charts.swatches(rates).values())
-        rows = [
-            {"group": group, "step": step, "rate": rate}
+        legend = tuple(charts.swatches(rates).values())
+        spec, table = _schedule_figure(rates, legend)
+        figures.append(Figure("schedule", "Learning rate", spec, legend=legend))
+        tables.append(table)
+        captions.append("Learning rate of each group of parameters.")
+    if not figures:
+        return None
+    grid = FigureGrid(" ".join(captions), tuple(figures), tuple(tables))
+    return Section("curves", "Training", "Training", (grid,))
+
+
+def _loss_figure(
+    train: Sequence[Any], validation: Sequence[Any], style: Swatch, best_step: Any
+) -> tuple[charts.Spec, Table, str]:
+    span = charts.smoothing_span(len(train))
+    smoothed = [
+        {"run": style.label, "step": step, "loss": round(loss, 5)}
+        for step, loss in charts.smooth(train, span)
+    ]
+    scored = [
+        {"run": style.label, "step": step, "loss": loss}
+        for step, loss, *_ in validation
+        if formats.finite(loss) is not None
+    ]
+    domain = charts.padded_range(row["loss"] for row in smoothed + scored)
+    description = "Training and validation loss against the step"
+    spec = charts.loss_chart(smoothed, scored, style, domain, description)
+    averaged = f", averaged over about {span} steps" if span > 1 else ""
+    caption = f"Thin line: training loss{averaged}. Thick line with points: validation loss."
+    last = formats.number(smoothed[-1]["loss"] if smoothed else None, 4)
+    return spec, _validation_table(validation, best_step, last), caption
+
+
+def _schedule_figure(
+    rates: Mapping[str, Sequence[Any]], styles: Sequence[Swatch]
+) -> tuple[charts.Spec, Table]:
+    rows = [
+        {"group": group, "step": step, "rate": rate}
+        for group, series in rates.items()
+        for step, rate in charts.thin(series)
+    ]
+    spec = charts.schedule_chart(rows, styles, "Learning rate against the step")
+    table = Table(
+        "Learning rates of each group of parameters.",
+        (Column("parameters", numeric=False), Column("highest"), Column("last")),
+        tuple(
+            (
+                Cell(group),
+                Cell(formats.rate(max((rate for _, rate in series), default=None))),
+                Cell(formats.rate(series[-1][1] if series else None)),
+            )
             for group, series in rates.items()
-            for step, rate in charts.thin(series)
-        ]
-        spec = charts.schedule_chart(rows, styles, "Learning rate against the step")
-        table = Table(
-            "Learning rates of each group of parameters.",
-            (Column("parameters", numeric=False), Column("highest"), Column("last")),
-            tuple(
-                (
-                    Cell(group),
-                    Cell(formats.rate(max((rate for _, rate in series), default=None))),
-                    Cell(formats.rate(series[-1][1] if series else None)),
-                )
-                for group, series in rates.items()
-            ),
-            wide=False,
-        )
-        caption = "Learning rate of each group of parameters."
-        grids.append(
-            FigureGrid(caption, (Figure("schedule", "", spec),), table, legend=tuple(styles))
-        )
-    return Section("curves", "Training", "Training", tuple(grids)) if grids else None
+        ),
+        wide=False,
+    )
+    return spec, table
 
 
-def _validation_table(validation: Sequence[Sequence[Any]], best: Any, last_train: Cell) -> Table:
+def _validation_table(validation: Sequence[Sequence[Any]], best: Any, last_train: str) -> Table:
     has_accuracy = any(len(row) > 2 for row in validation)
     columns = [Column("step"), Column("validation loss")]
     columns += [Column("accuracy")] if has_accuracy else []
@@ -204,30 +222,22 @@ def _validation_table(validation: Sequence[Sequence[Any]], best: Any, last_train
         )
         for row in validation
     )
-    note = f"Training loss at the end, averaged: {last_train.text}."
+    note = f"Training loss at the end, averaged: {last_train}."
     return Table("Loss on the validation rows.", tuple(columns), rows, note=note, wide=False)
 
 
 def _class_section(run: Row) -> Section | None:
-    matrix, labels = run.get("confusion_matrix"), run.get("label_names") or ()
+    matrix, labels = run.get("confusion"), run.get("label_names") or ()
     blocks: list[Block] = []
+    lead = ""
     if matrix:
-        caption = "Rows are the true classes, columns the predicted ones; the small figure and "
-        caption += "the shade are the share of the true class."
-        blocks.append(confusion_table(matrix, labels, caption))
-    rows = tuple(
-        (
-            Cell(label),
-            *(share_cell(figures.get(key)) for key in ("precision", "recall", "f1")),
-            support_cell(figures),
-        )
-        for label, figures in per_class_rows(run.get("per_class"))
-    )
+        lead = "Rows are the true classes, columns the predicted ones; the small figure and the "
+        lead += "shade are the share of the true class."
+        blocks.append(confusion_table(matrix, labels, ""))
+    rows = class_rows(run.get("per_class"), labels)
     if rows:
-        columns = tuple(Column(name) for name in ("precision", "recall", "F1", "rows"))
-        columns = (Column("class", numeric=False), *columns)
-        blocks.append(Table("Figures of each class.", columns, rows, wide=False))
-    return Section("classes", "Classes", "Classes", tuple(blocks)) if blocks else None
+        blocks.append(Table("Figures of each class.", CLASS_COLUMNS, tuple(rows), wide=False))
+    return Section("classes", "Classes", "Classes", tuple(blocks), lead) if blocks else None
 
 
 def _finding_section(run: Row) -> Section | None:
@@ -247,21 +257,11 @@ def _finding_section(run: Row) -> Section | None:
 
 
 def _cost_section(run: Row) -> Section | None:
-    tables = []
-    for key, heading in (("parameters", "Parameters"), ("timing", "Time and memory")):
-        rows = tuple(
-            (
-                Cell(formats.words(name)),
-                Cell(
-                    formats.count(value) if key == "parameters" else formats.plain(value, name),
-                    title=formats.exact(value) if formats.finite(value) is not None else "",
-                ),
-            )
-            for name, value in formats.flatten(run.get(key) or {})
-        )
-        if rows:
-            columns = (Column("", numeric=False), Column(""))
-            tables.append(Table("", columns, rows, heading=heading, wide=False))
+    tables = [
+        facts_table(heading, run[key], counts=key == "parameters")
+        for key, heading in (("parameters", "Parameters"), ("timing", "Time and memory"))
+        if run.get(key)
+    ]
     if not tables:
         return None
     return Section("cost", "Cost", "Cost", (TableGrid(tuple(tables)),))
