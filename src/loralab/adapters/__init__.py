@@ -1,6 +1,7 @@
 """Adapters: values, the modules that host them, routes that say who uses which, PEFT's format."""
 
 from loralab.adapters.adapter import Adapter, Layer
+from loralab.adapters.algebra import Combination, combination, combine
 from loralab.adapters.attaching import (
     adapter_parameters,
     attach,
@@ -10,7 +11,9 @@ from loralab.adapters.attaching import (
     hosted,
     use,
 )
+from loralab.adapters.certificate import MergeCertificate
 from loralab.adapters.fingerprint import fingerprint
+from loralab.adapters.merge import merge, merge_in_place, restore, save_merged
 from loralab.adapters.peft_format import content_hash, read_adapter, write_adapter
 from loralab.adapters.routes import carry
 from loralab.adapters.saving import install, load_adapter, save_adapter
@@ -18,11 +21,15 @@ from loralab.adapters.settings import LoRAConfig
 
 __all__ = [
     "Adapter",
+    "Combination",
     "Layer",
     "LoRAConfig",
+    "MergeCertificate",
     "adapter_parameters",
     "attach",
     "carry",
+    "combination",
+    "combine",
     "content_hash",
     "count_parameters",
     "detach",
@@ -31,8 +38,12 @@ __all__ = [
     "hosted",
     "install",
     "load_adapter",
+    "merge",
+    "merge_in_place",
     "read_adapter",
+    "restore",
     "save_adapter",
+    "save_merged",
     "use",
     "write_adapter",
 ]

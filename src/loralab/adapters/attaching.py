@@ -22,10 +22,10 @@ from loralab.adapters.hosting import (
     plain_tensors,
     welcome,
 )
-from loralab.adapters.routes import Entry, in_force, make_route
+from loralab.adapters.routes import Entry, Route, in_force, make_route
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.targets import select, walk
-from loralab.errors import AdapterError, nearest
+from loralab.errors import AdapterError, RouteError, nearest
 from loralab.lowrank import initialiser
 
 WEIGHTLESS_INITS = frozenset({"kaiming", "gaussian", "orthogonal"})  # they read only the shape
@@ -152,6 +152,10 @@ def put_whole(host: Host, module: nn.Module, path: str, name: str, copied: nn.Mo
 def detach(model: nn.Module, name: str) -> None:
     """Takes an adapter off; after the last one the model is as before, frozen flags included."""
     host = _hosting(model, name)
+    if merged_name(model) == name:
+        raise AdapterError(
+            f"adapter {name!r} is merged into this model", "call `loralab.restore(model)` first."
+        )
     for _, module in list(adapted_modules(model)):
         module.adapters.remove(name)
         dismiss(module)
@@ -183,8 +187,26 @@ def use(model: nn.Module, route: Entry | Sequence[Entry]) -> Iterator[None]:
     if host is None:
         yield
         return
-    with in_force(host, made):
+    with in_force(host, _without_merged(model, made)):
         yield
+
+
+def merged_name(model: nn.Module) -> str | None:
+    """The adapter that `merge_in_place` has put into this model's weights."""
+    return model.__dict__.get("_loralab_merged", (None,))[0]
+
+
+def _without_merged(model: nn.Module, route: Route) -> Route:
+    """The route; an adapter that is in the weights already adds nothing more to them."""
+    merged = merged_name(model)
+    if merged is None:
+        return route
+    if route.num_rows is None and route.mixes == (((merged, 1.0),),):
+        return Route(((),), None)
+    raise RouteError(
+        f"adapter {merged!r} is merged into this model: it serves no other route",
+        "call `loralab.restore(model)` first.",
+    )
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
