@@ -3,7 +3,7 @@
 import signal
 import threading
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 
 class InterruptFlag:
@@ -14,7 +14,7 @@ class InterruptFlag:
         self._before: Any = None
         self._installed = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "InterruptFlag":
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._note)
             self._installed = True

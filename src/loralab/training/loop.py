@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -99,10 +99,10 @@ class _Run:
             check_identity(saved.identity, self.identity)
         self._interrupt = stack.enter_context(InterruptFlag())
         self._metrics = stack.enter_context(
-            Journal(folder / "metrics.jsonl", saved.metrics if saved else START)
+            closing(Journal(folder / "metrics.jsonl", saved.metrics if saved else START))
         )
         self._timing = stack.enter_context(
-            Journal(folder / "timing.jsonl", saved.timing if saved else START)
+            closing(Journal(folder / "timing.jsonl", saved.timing if saved else START))
         )
         self._optimiser = Optimiser(trainable.groups, self._training)
         stack.callback(self._optimiser.close)

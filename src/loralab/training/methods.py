@@ -148,13 +148,14 @@ def _groups(
 
 def _checkpoint_activations(model: nn.Module) -> None:
     """Non-reentrant: the reentrant kind loses all gradients below a frozen embedding."""
-    enable = getattr(model, "gradient_checkpointing_enable", None)
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or getattr(model, "gradient_checkpointing_enable", None)  # before 5.20
     if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(
             f"{type(model).__name__} cannot recompute its activations",
             "set training.activation_checkpointing to false.",
         )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable({"use_reentrant": False})
 
 
 def _inside(parameter: str, module: str) -> bool:

@@ -1,0 +1,63 @@
+"""Losses against transformers' own, and the logits that are never made."""
+
+import pytest
+import torch
+from tiny import VOCABULARY, bert, causal_rows, labelled_rows, llama, ready
+
+from loralab.data import Encoded, collate
+from loralab.errors import DataError, ModelError
+from loralab.training.forward import Forward, num_targets
+
+ROWS = causal_rows(6)
+
+
+def test_causal_loss_and_gradients_are_those_of_transformers() -> None:
+    ours, theirs = llama("causal").train(), llama("causal").train()
+    batch = collate(ROWS, pad_id=0)
+    count = sum(num_targets(row) for row in ROWS)
+    loss = Forward(ours, "causal")(ROWS).nll_sum() / count
+    expected = theirs(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+    ).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+def test_the_output_layer_sees_only_positions_with_a_label() -> None:
+    model = llama("causal").eval()
+    seen = []
+    model.lm_head.register_forward_hook(lambda _m, _i, output: seen.append(tuple(output.shape)))
+    Forward(model, "causal")(ROWS)
+    assert seen == [(sum(num_targets(row) for row in ROWS), VOCABULARY)]
+
+
+def test_an_adapter_on_the_output_layer_is_used_on_gathered_positions() -> None:
+    trainable = ready("lora", task="causal", method={"targets": ["lm_head", "q_proj"]})
+    with torch.no_grad():
+        trainable.parameters["lm_head.adapters.default.B"].fill_(0.1)
+    trainable.model.eval()
+    plain = Forward(trainable.model, "causal")(ROWS).logits
+    adapted = Forward(trainable.model, "causal", route=trainable.route)(ROWS).logits
+    assert not torch.allclose(plain, adapted)
+
+
+@pytest.mark.parametrize("build", [llama, bert])
+def test_classification_loss_is_that_of_transformers(build) -> None:
+    rows = labelled_rows(6)
+    model = build().eval()
+    batch = collate(rows, pad_id=0)
+    expected = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+    ).loss
+    torch.testing.assert_close(Forward(model, "classification")(rows).nll().mean(), expected)
+
+
+def test_what_has_no_loss_is_refused() -> None:
+    bare = Encoded(id="r1", group="r1", input_ids=(3, 4))
+    with pytest.raises(DataError, match="rows without a label: r1"):
+        Forward(llama(), "classification")([bare])
+    with pytest.raises(ModelError, match="no output layer"):
+        Forward(llama(), "causal")(ROWS)
