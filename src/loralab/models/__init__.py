@@ -1,10 +1,12 @@
 """Base models, their tokenizers and task heads; where their parts are; facts about sizes."""
 
+from loralab.models.checkpointing import enable_activation_checkpointing
 from loralab.models.classify import Pooling
 from loralab.models.load import build_model, load_model
 from loralab.models.options import Dtype, Task
 from loralab.models.prefix import replaced_prefix, run_prefix
 from loralab.models.presets import PRESETS
+from loralab.models.quiet import quiet
 from loralab.models.structure import (
     blocks,
     count_parameters,
@@ -23,10 +25,12 @@ __all__ = [
     "build_model",
     "count_parameters",
     "embedding_parameters",
+    "enable_activation_checkpointing",
     "head_name",
     "load_model",
     "load_tokenizer",
     "lower_parameters",
+    "quiet",
     "replaced_prefix",
     "run_prefix",
 ]

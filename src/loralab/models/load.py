@@ -175,9 +175,7 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any], name: str, task:
             if task == "causal"
             else "copy or download the model again.",
         )
-    inside = f"{model.base_model_prefix}."
-    unused = sorted(key for key in info["unexpected_keys"] if key.startswith(inside))
-    unused = [key for key in unused if ".pooler." not in key]
+    unused = sorted(key for key in info["unexpected_keys"] if _belongs_to_base(model, key))
     if unused:
         logger.warning(
             "%s holds %d weights that %s has no place for: %s",
@@ -186,6 +184,12 @@ def _check_loaded(model: PreTrainedModel, info: dict[str, Any], name: str, task:
             type(model).__name__,
             ", ".join(unused[:4]),
         )
+
+
+def _belongs_to_base(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight would be part of the base; a folder may name it with or without prefix."""
+    first = key.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
+    return first in model.base_model._modules and first != "pooler"
 
 
 def _fresh_parts(model: PreTrainedModel, task: Task) -> tuple[str, ...]:

@@ -101,7 +101,7 @@ def _checked_folder(path: Path) -> Path:
 def _indexed_files(index: Path) -> list[Path]:
     try:
         shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{index} is damaged: {error!r}", "copy or download the model again."
         ) from error
