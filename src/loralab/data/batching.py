@@ -1,6 +1,8 @@
 """Batches of rows of like length, in an order that depends on nothing but seed and epoch."""
 
 import hashlib
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 
 from loralab.data.examples import Batch, Encoded
 
-_CHUNK_BATCHES = 32
+_STRETCH_BATCHES = 128
 _STREAM = 0x6F72646572  # "order": this stream shares nothing with other uses of the same seed
 
 
@@ -17,24 +19,22 @@ def epoch_batches(
 ) -> list[list[int]]:
     """Indices of the rows of each batch of one epoch; every row once, the last few in a part batch.
 
-    Rows are shuffled, sorted by length within stretches of 32 batches, cut into batches, and the
-    batches shuffled: little padding, yet other neighbours in every epoch. A pure function of its
-    arguments, so that every method of a comparison sees the same batches in the same order.
+    Rows are shuffled, sorted by length within stretches of about 128 batches, cut into batches, and
+    the batches shuffled: little padding, yet other neighbours in every epoch. A pure function of
+    its arguments, so that every method of a comparison sees the same batches in the same order.
     """
-    stretch = _CHUNK_BATCHES * batch_size
     rows_key, batches_key = np.random.SeedSequence([_STREAM, seed, epoch]).spawn(2)
     rows = _permutation(len(lengths), rows_key)
     batches: list[list[int]] = []
-    for start in range(0, len(rows), stretch):
-        alike = sorted(rows[start : start + stretch], key=lambda row: lengths[row])
-        batches += _cut(alike, batch_size)
+    for start, end in itertools.pairwise(_stretches(len(rows), batch_size)):
+        batches += _cut(sorted(rows[start:end], key=lambda row: lengths[row]), batch_size)
     return [batches[index] for index in _permutation(len(batches), batches_key)]
 
 
 def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices of the rows of each batch, longest rows first: what does not fit fails at once."""
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    return _cut(order, batch_size)
+    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    return _cut(order, batch_size)[::-1]
 
 
 def collate(rows: Sequence[Encoded], *, pad_id: int, row_indices: Sequence[int] = ()) -> Batch:
@@ -86,5 +86,13 @@ def _permutation(size: int, key: np.random.SeedSequence) -> list[int]:
     return np.argsort(raw, kind="stable").tolist()
 
 
+def _stretches(num_rows: int, batch_size: int) -> list[int]:
+    """Where the stretches begin and end: of about equal size, in whole batches but for the last."""
+    num_batches = math.ceil(num_rows / batch_size)
+    count = max(1, round(num_batches / _STRETCH_BATCHES))
+    return [min(round(i * num_batches / count) * batch_size, num_rows) for i in range(count + 1)]
+
+
 def _cut(rows: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of rows sorted by length; a part batch holds the longest, which pad most."""
     return [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]

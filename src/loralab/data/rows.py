@@ -70,8 +70,8 @@ def build_examples(
     """The tables' rows as examples, under the tables' names, and the names of the labels.
 
     An example's id is the table's name ("row" where there is one only) and the row's number in it.
-    Labels are whole numbers below
-    `num_labels`, or names, which count in sorted order (or in that of `label_names`).
+    Labels are whole numbers below `num_labels`, or names, which count in sorted order (or in that
+    of `label_names`).
     Raises `DataError` that lists missing columns (with the nearest), empty texts and bad labels.
     """
     faults = Faults()

@@ -94,10 +94,8 @@ def remove_leaks(parts: Mapping[str, Sequence[Example]]) -> dict[str, list[Examp
     for split in reversed(SPLITS):
         if split not in parts:
             continue
-        marks = [_marks(example) for example in parts[split]]
-        pairs = zip(parts[split], marks, strict=True)
-        clean[split] = [example for example, own in pairs if not own & seen]
-        seen.update(*marks)
+        clean[split] = [example for example in parts[split] if not _marks(example) & seen]
+        seen.update(*map(_marks, clean[split]))
     return {split: clean[split] for split in SPLITS if split in clean}
 
 
