@@ -91,6 +91,7 @@ def test_a_damaged_file_is_noticed(private_cache, offline, damage):
 def test_a_damaged_file_is_fetched_again(private_cache):
     main = private_cache / ENTRIES[NAME].main
     truncate(main)
+    (private_cache.parent / f".{ARCHIVE.key}-left-by-a-killed-process").mkdir()
     seen = []
     fetch(NAME, progress=lambda what, done, total: seen.append((what, done, total)))
     assert hash_of(main) in {file.sha256 for file in ARCHIVE.files}

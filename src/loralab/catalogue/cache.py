@@ -17,7 +17,8 @@ _STAMP = ".verified.json"
 def cache_folder() -> Path:
     """Where fetched files lie: `LORALAB_CACHE`, else the platform's user cache."""
     chosen = os.environ.get("LORALAB_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("loralab"))
+    folder = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("loralab")
+    return folder.absolute()
 
 
 def archive_folder(archive: Archive) -> Path:

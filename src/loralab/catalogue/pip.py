@@ -60,11 +60,14 @@ def _run_pip(
     pinned.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n")
     # TMPDIR: pip collects the download there, where its progress can be seen.
     environment = os.environ | {name: str(temporary) for name in ("TMPDIR", "TEMP", "TMP")}
-    command = [sys.executable, "-m", "pip", "download", "--no-input", "--progress-bar", "off"]
+    environment.pop("PIP_CONSTRAINT", None)  # constraints without hashes contradict the pins
+    # -P: a folder named pip in the current directory is not what is meant
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-input", "--progress-bar", "off"]
     command += ["--disable-pip-version-check", "--retries", "3", *extra]
     command += ["--no-deps", "--require-hashes", "-r", str(pinned), "-d", str(out)]
     if archive.is_source:
-        environment["PYTHONPATH"] = str(_stand_in_backend(archive, folder))
+        paths = [str(_stand_in_backend(archive, folder)), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         command += ["--no-binary", archive.package, "--use-pep517", "--no-build-isolation"]
     else:
         command += ["--only-binary", ":all:"]
@@ -72,7 +75,6 @@ def _run_pip(
     with talk.open("wb") as stream:
         process = subprocess.Popen(
             command,
-            cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=stream,
