@@ -41,7 +41,7 @@ def train(folder: Path, kind: str) -> None:
 def processes() -> Iterator[ForkServerContext]:
     """Processes that start at once, since their server has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny"])
+    context.set_forkserver_preload(["loralab.training", "transformers.models.llama.modeling_llama"])
     yield context
 
 

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,25 +43,14 @@ def peak_live_bytes(
 def live_bytes() -> int:
     """Bytes of all CPU storages that a tensor of this process refers to, each once."""
     storages: dict[int, int] = {}
-    for tensor in _tensors():
+    # `type`, since `isinstance` wakes lazy and weak proxies
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    for tensor in tensors:
         for held in (tensor, tensor.grad if tensor.is_leaf else None):
             if held is not None and held.layout == torch.strided and held.device.type == "cpu":
                 storage = held.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-
-
-def _tensors() -> list[Tensor]:
-    with warnings.catch_warnings():  # asking old objects for their class can warn
-        warnings.simplefilter("ignore")
-        return [thing for thing in gc.get_objects() if _is_tensor(thing)]
-
-
-def _is_tensor(thing: object) -> bool:
-    try:
-        return issubclass(type(thing), Tensor)
-    except ReferenceError:  # a weak proxy whose object is gone
-        return False
 
 
 def _allocations(work: Callable[[], object]) -> list[int]:
