@@ -16,6 +16,13 @@ with loralab.use(model, "it"):
 
 The files are in PEFT's format: `PeftModel.from_pretrained(model, folder)` reads them too, the
 classification head included.""",
+    "head": """```python
+import loralab
+from safetensors.torch import load_file
+
+model = loralab.load_model({model_arguments})
+model.load_state_dict(load_file("path/to/this/folder/head.safetensors"), strict=False)
+```""",
     "model": """```python
 from transformers import {auto_class}
 
@@ -31,7 +38,7 @@ def model_card(
     facts: dict[str, Any],
     evaluations: dict[str, dict[str, Any]],
 ) -> str:
-    """Markdown with a metadata header, for `kind` "adapter" or "model"."""
+    """Markdown with a metadata header, for `kind` "adapter", "model" or "head"."""
     return "\n".join(
         [
             *_header(config, kind),
@@ -61,7 +68,7 @@ def model_card(
 
 def _header(config: RunConfig, kind: str) -> list[str]:
     task = "text-classification" if config.model.task == "classification" else "text-generation"
-    library = "peft" if kind == "adapter" else "transformers"
+    library = {"adapter": "peft", "model": "transformers", "head": "loralab"}[kind]
     return [
         "---",
         f"base_model: {config.model.name}",
@@ -93,10 +100,10 @@ def _results(evaluations: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["| split | rows | figure | value | 95 % interval |", "|---|---|---|---|---|"]
     for split, evaluation in evaluations.items():
         for name, figure in evaluation["metrics"].items():
-            if isinstance(figure, dict) and {"value", "low", "high"} <= figure.keys():
+            if isinstance(figure, dict) and {"mean", "low", "high"} <= figure.keys():
                 lines.append(
                     f"| {split} | {evaluation['rows']} | {name.replace('_', ' ')} "
-                    f"| {figure['value']:.4f} | {figure['low']:.4f} to {figure['high']:.4f} |"
+                    f"| {figure['mean']:.4f} | {figure['low']:.4f} to {figure['high']:.4f} |"
                 )
     return lines
 

@@ -21,8 +21,8 @@ from loralab.events import Listener, Note, Phase, Progress, ignore
 from loralab.files import write_json, write_text
 from loralab.reports import write_comparison_report
 from loralab.runs.evaluate import evaluate
-from loralab.runs.results import comparison_of, loss_curves
 from loralab.runs.folder import CONFIG, MANIFEST, Run, open_run
+from loralab.runs.results import comparison_of, loss_curves
 from loralab.runs.solo import measure
 from loralab.runs.sweep import DEFAULT_RATES, Sweep, sweep
 from loralab.runs.train import resume, train

@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file
 from torch import nn
 
 from loralab.adapters import load_adapter
 from loralab.config import RunConfig
-from loralab.data import Encoded
+from loralab.data import Encoded, load_dataset, load_rows
 from loralab.errors import DataError
 from loralab.events import Listener, Phase, ignore
 from loralab.files import write_json, write_json_lines
-from loralab.measuring import causal_metrics, classification_metrics
-from loralab.runs.folder import Run, open_run
+from loralab.measuring import classification_metrics, completion_metrics
+from loralab.runs.folder import HEAD_FILE, Run, open_run
 from loralab.runs.workbench import Workbench, base_model, open_workbench
 from loralab.training import ADAPTER_NAME, Prediction, choose_device, predict, use_threads
 
@@ -38,15 +39,17 @@ def evaluate(
     """
     run = run if isinstance(run, Run) else open_run(run)
     _ = run.artifact  # not finished, or removed: say so before reading data
-    config = run.config if data is None else _other_data(run.config, data)
-    bench = workbench or open_workbench(config, listen)
-    if data is not None:
-        _same_labels(run, bench)
-    listen(Phase(f"scoring {split}", None, "rows"))
+    bench = workbench or open_workbench(run.config, listen)
+    encoded = bench.rows[split] if data is None else _other_rows(run, bench, data, split)
+    listen(Phase(f"scoring {len(encoded)} rows"))
     model, route = trained_model(run)
-    chosen = "test" if data is not None and config.data.name is None else split
-    rows, document = score(model, route, bench, run.config, chosen)
-    document |= {"run": str(run.folder), "data": data or bench.dataset.name}
+    rows, document = score(model, route, encoded, run.config)
+    document = {
+        "run": str(run.folder),
+        "data": data or bench.dataset.name,
+        "split": split,
+        **document,
+    }
     if data is None:
         store_evaluation(run, split, rows, document)
     return document
@@ -56,23 +59,25 @@ def trained_model(run: Run) -> tuple[nn.Module, str | None]:
     """The trained model of a finished run on its device, and the adapter's name if it has one."""
     config = run.config
     use_threads(config.training)
-    if run.artifact.name == "adapter":
+    route = None
+    if run.artifact.name == "model":
+        model = base_model(config.replace(model__name=str(run.artifact)))
+    elif run.artifact.name == "head":
+        model = base_model(config)
+        model.load_state_dict(load_file(run.artifact / HEAD_FILE), strict=False)
+    else:
         model = base_model(config)
         load_adapter(model, run.artifact, name=ADAPTER_NAME)
         route = ADAPTER_NAME
-    else:
-        model = base_model(config.replace(model__name=str(run.artifact)))
-        route = None
     return model.to(choose_device(config.training.device)).eval(), route
 
 
 def score(
-    model: nn.Module, route: str | None, bench: Workbench, config: RunConfig, split: str
+    model: nn.Module, route: str | None, encoded: list[Encoded], config: RunConfig
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows (one an example) and the figures of one split."""
-    encoded = bench.rows[split]
+    """The predictions (one an example) and the figures of rows."""
     if not encoded:
-        raise DataError(f"the {split} split has no rows", "choose another --split.")
+        raise DataError("there are no rows to score", "choose another --split or other --data.")
     predictions = predict(
         model,
         encoded,
@@ -81,7 +86,6 @@ def score(
         route=route,
     )
     document = {
-        "split": split,
         "task": config.model.task,
         "rows": len(predictions),
         "documents": len({prediction.group for prediction in predictions}),
@@ -102,21 +106,19 @@ def store_evaluation(
 def _metrics(
     predictions: list[Prediction], encoded: list[Encoded], config: RunConfig
 ) -> dict[str, Any]:
-    groups = np.array([prediction.group for prediction in predictions])
+    names, groups = np.unique([prediction.group for prediction in predictions], return_inverse=True)
+    documents = groups if len(names) < len(predictions) else None
     nll = np.array([prediction.nll for prediction in predictions])
     if config.model.task == "causal":
-        return causal_metrics(
-            nll,
-            np.array([p.num_targets for p in predictions]),
-            np.array([p.num_correct for p in predictions]),
-            groups=groups,
-        )
+        tokens = np.array([prediction.num_targets for prediction in predictions])
+        exact = np.array([prediction.exact for prediction in predictions])
+        return completion_metrics(exact, nll / np.maximum(tokens, 1), tokens, documents)
     return classification_metrics(
         np.array([row.label for row in encoded]),
         np.array([prediction.prediction for prediction in predictions]),
         nll,
         config.model.num_labels,
-        groups,
+        documents,
     )
 
 
@@ -137,22 +139,26 @@ def _as_row(prediction: Prediction, task: str) -> dict[str, Any]:
     return row
 
 
-def _other_data(config: RunConfig, data: str) -> RunConfig:
-    """The same settings with other rows: all rows of a file, or a split of a named set."""
-    own = {"train_rows": None, "validation_rows": None, "test_rows": None}
+def _other_rows(run: Run, bench: Workbench, data: str, split: str) -> list[Encoded]:
+    """All rows of a file, or a split of a named set, with the run's own columns and labels."""
+    config, names = run.config, tuple(run.manifest["label_names"])
     if Path(data).suffix.lower() in FILE_SUFFIXES:
-        places = {"name": None, "train": None, "validation": None, "test": data}
-    else:
-        places = {"name": data, "train": None, "validation": None, "test": None}
-    changes = {f"data__{key}": value for key, value in {**own, **places}.items()}
-    return config.replace(**changes)
-
-
-def _same_labels(run: Run, bench: Workbench) -> None:
-    trained, given = tuple(run.manifest["label_names"]), bench.dataset.label_names
-    if trained != given:
+        examples = load_rows(
+            data,
+            config.data,
+            task=config.model.task,
+            num_labels=config.model.num_labels,
+            label_names=names or None,
+        )
+        return bench.encode(examples)
+    places = {"name": data, "train": None, "validation": None, "test": None}
+    caps = {"train_rows": None, "validation_rows": None, "test_rows": None}
+    other = config.replace(**{f"data__{key}": value for key, value in {**places, **caps}.items()})
+    dataset = load_dataset(other.data, task=config.model.task, num_labels=config.model.num_labels)
+    if dataset.label_names != names:
         raise DataError(
-            f"the rows are labelled {', '.join(given)}, the run was trained on "
-            f"{', '.join(trained)}",
+            f"{data} is labelled {', '.join(dataset.label_names)}, the run was trained on "
+            f"{', '.join(names)}",
             "give rows with the same labels.",
         )
+    return bench.encode(getattr(dataset, split))

@@ -17,7 +17,8 @@ from loralab.files import replacing, write_json
 
 CONFIG = "config.toml"
 MANIFEST = "manifest.json"
-ARTIFACTS = ("adapter", "model")
+ARTIFACTS = ("adapter", "model", "head")
+HEAD_FILE = "head.safetensors"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
 def evaluation_table(document: dict[str, Any]) -> Table:
     """One row a figure."""
     rows = [
-        (name.replace("_", " "), f"{figure['value']:.4f}", _range(figure))
+        (name.replace("_", " "), f"{figure['mean']:.4f}", _range(figure))
         for name, figure in figures(document["metrics"]).items()
     ]
     counts = f"{document['rows']} rows"
@@ -65,7 +65,7 @@ def run_lines(run: Run) -> str:
     ]
     for split in manifest["splits"]:
         shown = ", ".join(
-            f"{name.replace('_', ' ')} {figure['value']:.4f} ({_range(figure)})"
+            f"{name.replace('_', ' ')} {figure['mean']:.4f} ({_range(figure)})"
             for name, figure in list(figures(run.metrics(split)["metrics"]).items())[:3]
         )
         lines.append(f"{split}: {shown}")
@@ -82,7 +82,7 @@ def figures(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {
         name: figure
         for name, figure in metrics.items()
-        if isinstance(figure, dict) and {"value", "low", "high"} <= figure.keys()
+        if isinstance(figure, dict) and {"mean", "low", "high"} <= figure.keys()
     }
 
 

@@ -7,6 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from loralab.adapters import count_parameters, save_adapter
 from loralab.config import RunConfig
 from loralab.errors import Interrupted, RunError, TrainingError
@@ -16,7 +18,7 @@ from loralab.reports import write_run_report
 from loralab.runs.card import model_card
 from loralab.runs.describe import run_report
 from loralab.runs.evaluate import score, store_evaluation
-from loralab.runs.folder import Run, create_run, open_run, refuse_existing
+from loralab.runs.folder import HEAD_FILE, Run, create_run, open_run, refuse_existing
 from loralab.runs.sinks import Sink, open_sinks, require_sinks
 from loralab.runs.workbench import Workbench, open_workbench
 from loralab.training import (
@@ -33,6 +35,7 @@ from loralab.training import (
 )
 
 HELD_OUT = ("validation", "test")
+ARTIFACT_OF = {"lora": "adapter", "head": "head", "frozen": "model", "full": "model"}
 
 
 def train(
@@ -65,6 +68,7 @@ def train(
             "label_names": list(bench.dataset.label_names),
             "trainable_parameters": trained,
             "total_parameters": total,
+            "base_parameters": total - (trained if trainable.route else 0),
             "splits": list(splits),
         },
     )
@@ -108,9 +112,9 @@ def _train_and_evaluate(run: Run, bench: Workbench, trainable: Trainable, listen
     evaluations = {}
     for split in run.manifest["splits"]:
         listen(Phase(f"evaluating {split}", None, "rows"))
-        evaluations[split] = store_evaluation(
-            run, split, *score(trainable.model, trainable.route, bench, run.config, split)
-        )
+        rows, figures = score(trainable.model, trainable.route, bench.rows[split], run.config)
+        evaluations[split] = {"data": bench.dataset.name, "split": split, **figures}
+        store_evaluation(run, split, rows, evaluations[split])
     run = run.record(state="finished", **facts)
     _describe(run, evaluations)
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
@@ -140,15 +144,20 @@ def _fit(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> 
 
 
 def _save(run: Run, bench: Workbench, trainable: Trainable) -> dict[str, Any]:
-    """Save the trained weights: an adapter in PEFT's format, or a transformers folder."""
-    kind = "adapter" if trainable.route else "model"
+    """Save what was trained: an adapter in PEFT's format, a transformers folder, or the head."""
+    kind = ARTIFACT_OF[run.config.method.kind]
     folder = run.folder / kind
     if trainable.route:
         save_adapter(trainable.model, trainable.route, folder)
     else:
         with replacing(folder) as aside:
-            trainable.model.save_pretrained(aside)
-            bench.tokenizer.save_pretrained(aside)
+            aside.mkdir()
+            if kind == "head":
+                trained = {n: p.detach().contiguous() for n, p in trainable.parameters.items()}
+                save_file(trained, aside / HEAD_FILE)
+            else:
+                trainable.model.save_pretrained(aside)
+                bench.tokenizer.save_pretrained(aside)
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return {"artifact": kind, "artifact_bytes": weights}
 
