@@ -2,22 +2,16 @@
 
 from loralab.adapters.adapter import Adapter, Layer
 from loralab.adapters.algebra import Combination, combination, combine
-from loralab.adapters.attaching import (
-    adapter_parameters,
-    attach,
-    count_parameters,
-    detach,
-    extract,
-    hosted,
-    use,
-)
+from loralab.adapters.attaching import attach, detach
 from loralab.adapters.certificate import MergeCertificate
+from loralab.adapters.extracting import adapter_parameters, count_parameters, extract
 from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.merge import merge, merge_in_place, restore, save_merged
 from loralab.adapters.peft_format import content_hash, read_adapter, write_adapter
 from loralab.adapters.routes import carry
 from loralab.adapters.saving import install, load_adapter, save_adapter
 from loralab.adapters.settings import LoRAConfig
+from loralab.adapters.using import hosted, use
 
 __all__ = [
     "Adapter",

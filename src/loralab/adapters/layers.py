@@ -35,6 +35,10 @@ class Path(ABC):
     def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
         """`B hidden`: shaped like the layer's output."""
 
+    def per_output(self, values: Float[Tensor, "out"], y: Tensor) -> Tensor:
+        """One value an output, shaped to meet the layer's output `y`."""
+        return values
+
 
 class LinearPath(Path):
     """nn.Linear; the weight is (out, in)."""
@@ -101,6 +105,9 @@ class ConvolutionPath(Path):
         # the base's own method, so that padding modes are its own too
         return conv._conv_forward(x, kernel, None)
 
+    def per_output(self, values: Float[Tensor, "out"], y: Tensor) -> Tensor:
+        return values.view(-1, *(1 for _ in y.shape[2:]))
+
     def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
         conv: Any = module
         pointwise = B.view(*B.shape, *(1 for _ in conv.kernel_size))
@@ -108,8 +115,25 @@ class ConvolutionPath(Path):
         return function(hidden, pointwise, groups=conv.groups)
 
 
+class AttentionPath(Path):
+    """nn.MultiheadAttention's packed projection: only its weight is read (see `attention`)."""
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        rows, columns = cast(Tensor, module.in_proj_weight).shape
+        return rows, columns
+
+    def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
+        return cast(Tensor, module.in_proj_weight)
+
+    def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        return F.linear(x, A)
+
+    def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
+        return F.linear(hidden, B)
+
+
 LINEAR, TRANSPOSED, EMBEDDING = LinearPath(), TransposedPath(), EmbeddingPath()
-CONVOLUTION = ConvolutionPath()
+CONVOLUTION, ATTENTION = ConvolutionPath(), AttentionPath()
 
 _PATHS: tuple[tuple[type[nn.Module], Path, Kind], ...] = (
     (nn.Linear, LINEAR, "linear"),
@@ -118,12 +142,16 @@ _PATHS: tuple[tuple[type[nn.Module], Path, Kind], ...] = (
     (nn.Conv1d, CONVOLUTION, "conv1d"),
     (nn.Conv2d, CONVOLUTION, "conv2d"),
     (nn.Conv3d, CONVOLUTION, "conv3d"),
+    (nn.MultiheadAttention, ATTENTION, "attention"),
 )
 
 
 def path_of(module: nn.Module) -> Path | None:
     """How a pair is applied to this module; None where no low-rank form is known."""
-    return next((path for kind, path, _ in _PATHS if isinstance(module, kind)), None)
+    path = next((path for kind, path, _ in _PATHS if isinstance(module, kind)), None)
+    if path is ATTENTION and getattr(module, "in_proj_weight", None) is None:
+        return None  # separate query, key and value weights of different sizes
+    return path
 
 
 def layer_of(module: nn.Module) -> Layer:
@@ -135,7 +163,8 @@ def layer_of(module: nn.Module) -> Layer:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether "all-linear" means this module."""
-    return isinstance(module, nn.Linear | Conv1D)
+    packed = isinstance(module, nn.MultiheadAttention) and path_of(module) is not None
+    return packed or isinstance(module, nn.Linear | Conv1D)
 
 
 def low_rank(

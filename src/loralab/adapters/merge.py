@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.adapter import Adapter
-from loralab.adapters.attaching import extract, merged_name, use
 from loralab.adapters.certificate import (
     LIMIT,
     MergeCertificate,
@@ -22,6 +21,7 @@ from loralab.adapters.certificate import (
     effect_facts,
 )
 from loralab.adapters.effect import Effect, Probe, batches_of, measure_effect, runner
+from loralab.adapters.extracting import extract
 from loralab.adapters.hosting import Adapted, Bank, Host, dismiss, host_of, plain_tensors
 from loralab.adapters.merging import (
     WeightError,
@@ -32,6 +32,7 @@ from loralab.adapters.merging import (
     weight_name,
 )
 from loralab.adapters.peft_format import content_hash
+from loralab.adapters.using import merged_name, use
 from loralab.errors import AdapterError
 from loralab.files import replacing, write_json, write_text
 

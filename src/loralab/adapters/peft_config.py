@@ -14,7 +14,7 @@ INERT = frozenset(
     r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern target_modules exclude_modules
     modules_to_save bias use_dora fan_in_fan_out init_lora_weights layers_to_transform
     layers_pattern trainable_token_indices loftq_config eva_config corda_config lora_ga_config
-    runtime_config megatron_config megatron_core qalora_group_size ensure_weight_tying
+    runtime_config megatron_config megatron_core qalora_group_size
     """.split()  # noqa: SIM905  (a list of words reads better as words)
 )
 # initialisers that changed the base, so that the factors fit no untouched base

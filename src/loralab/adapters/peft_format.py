@@ -83,6 +83,9 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
         tensors[f"{name}.lora_A.weight"] = A
         tensors[f"{name}.lora_B.weight"] = B
     for name, magnitude in adapter.magnitudes.items():
+        kernel = adapter.layer(name).kernel
+        if kernel:
+            magnitude = magnitude.view(1, -1, *(1 for _ in kernel))
         tensors[f"{name}.lora_magnitude_vector"] = magnitude
     for name, (_, rows) in adapter.token_rows.items():
         tensors[name + TOKENS] = rows

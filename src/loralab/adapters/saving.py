@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from loralab.adapters import layers
 from loralab.adapters.adapter import Adapter
-from loralab.adapters.attaching import check_name, extract, open_host, put_pair, put_whole
+from loralab.adapters.attaching import check_name
+from loralab.adapters.extracting import extract
 from loralab.adapters.fingerprint import check_fingerprint, fingerprint
 from loralab.adapters.hosting import host_of, plain_copy, plain_tensors
+from loralab.adapters.installing import Installer, bias_of
 from loralab.adapters.peft_format import read_adapter, write_adapter
 from loralab.adapters.targets import walk
 from loralab.errors import AdapterError
@@ -37,7 +40,13 @@ def install(
     """
     check_name(model, name)
     modules = dict(walk(model))
-    faults = [*_faults_of_pairs(adapter, modules), *_faults_of_whole(adapter, modules)]
+    biases = _biases(adapter)
+    faults = [
+        *_faults_of_pairs(adapter, modules),
+        *_faults_of_whole(adapter, modules),
+        *_faults_of_rows(adapter, modules),
+        *_faults_of_biases(biases, modules),
+    ]
     if faults:
         shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
         raise AdapterError(
@@ -49,18 +58,74 @@ def install(
         own = host.fingerprint if host is not None else fingerprint(model)
         check_fingerprint(adapter.base, own or {})
     copies = {path: _filled(modules[path], path, adapter) for path in adapter.whole_modules}
-    host = open_host(model)
-    host.configs[name] = adapter.config
-    host.facts[name] = dict(adapter.facts)
+    installer = Installer(model, adapter.config, name)
+    installer.host.facts[name] = dict(adapter.facts)
     for path, (A, B) in adapter.pairs.items():
-        device = next(modules[path].parameters()).device
-        put_pair(host, modules[path], path, name, adapter.config, _own(A, device), _own(B, device))
+        device = _device(modules[path])
+        magnitude, bias = adapter.magnitudes.get(path), biases.pop(path, None)
+        installer.pair(
+            path,
+            _own(A, device),
+            _own(B, device),
+            magnitude=None if magnitude is None else _own(magnitude, device),
+            bias=None if bias is None else _own(bias, device),
+        )
     for path, copied in copies.items():
-        put_whole(host, modules[path], path, name, copied)
+        installer.whole(path, copied)
+    for path, (indices, rows) in adapter.token_rows.items():
+        device = _device(modules[path])
+        installer.rows(path, indices.to(device), _own(rows, device))
+    for path, bias in biases.items():
+        installer.own(path, {"bias": _own(bias, _device(modules[path]))})
 
 
-def _own(tensor: Tensor, device: object) -> Tensor:
-    return tensor.detach().to(device=device, dtype=tensor.float().dtype)  # type: ignore[call-overload]
+def _own(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().to(device=device, dtype=torch.float32)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(iter(module._parameters.values())).device  # pyright: ignore
+
+
+def _biases(adapter: Adapter) -> dict[str, Tensor]:
+    """Module -> the bias that the adapter trains, of modules that it does not train whole."""
+    return {
+        name.removesuffix(".bias"): tensor
+        for name, tensor in adapter.extra.items()
+        if name.endswith(".bias") and not any(_inside(name, w) for w in adapter.whole_modules)
+    }
+
+
+def _inside(name: str, owner: str) -> bool:
+    return name.startswith(owner + ".")
+
+
+def _faults_of_biases(biases: dict[str, Tensor], modules: dict[str, nn.Module]) -> list[str]:
+    faults = []
+    for path, bias in biases.items():
+        own = bias_of(modules[path]) if path in modules else None
+        if own is None:
+            faults.append(f"{path}.bias: the model has no such tensor")
+        elif own.shape != bias.shape:
+            faults.append(f"{path}.bias: {tuple(bias.shape)}, the model's is {tuple(own.shape)}")
+    return faults
+
+
+def _faults_of_rows(adapter: Adapter, modules: dict[str, nn.Module]) -> list[str]:
+    faults = []
+    for path, (indices, rows) in adapter.token_rows.items():
+        module = modules.get(path)
+        if not isinstance(module, nn.Embedding):
+            faults.append(f"{path}: token rows, but the model has no such embedding")
+            continue
+        if rows.ndim != 2 or rows.shape != (len(indices), module.embedding_dim):
+            faults.append(f"{path}: {len(indices)} token rows of shape {tuple(rows.shape)}")
+        if (
+            len(indices)
+            and not 0 <= int(indices.min()) <= int(indices.max()) < module.num_embeddings
+        ):
+            faults.append(f"{path}: token rows outside its {module.num_embeddings}")
+    return faults
 
 
 def _faults_of_pairs(adapter: Adapter, modules: dict[str, nn.Module]) -> list[str]:
@@ -75,6 +140,9 @@ def _faults_of_pairs(adapter: Adapter, modules: dict[str, nn.Module]) -> list[st
         if (B.shape[0], A.shape[1]) != way.features(module):
             out, into = way.features(module)
             faults.append(f"{path}: delta of {B.shape[0]} x {A.shape[1]}, weight of {out} x {into}")
+        magnitude = adapter.magnitudes.get(path)
+        if magnitude is not None and magnitude.shape != (B.shape[0],):
+            faults.append(f"{path}: magnitude of shape {tuple(magnitude.shape)}")
     return faults
 
 

@@ -56,6 +56,7 @@ def select(model: nn.Module, config: LoRAConfig) -> tuple[list[str], list[str]]:
         for name in _targeted(model, config, modules, faults)
         if name not in excluded and not any(_within(name, owner) for owner in whole)
     ]
+    chosen = _with_projections(chosen, modules)
     if config.layers is not None:
         chosen = _in_layers(chosen, config.layers, faults)
     if faults:
@@ -85,6 +86,15 @@ def _targeted(
     found = _by_suffix(config.targets, modules, "target", faults)
     faults.extend(_no_path(name, modules) for name in found if path_of(modules[name]) is None)
     return list(found)
+
+
+def _with_projections(names: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """An attention module with packed projections brings its output projection along."""
+    found = dict.fromkeys(names)
+    for name in names:
+        if isinstance(modules[name], nn.MultiheadAttention):
+            found[f"{name}.out_proj"] = None
+    return [name for name in modules if name in found]
 
 
 def _by_expression(

@@ -1,0 +1,136 @@
+"""What a model hosts, as values and as parameters."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loralab.adapters.adapter import Adapter, Layer
+from loralab.adapters.doubles import plain_tensors
+from loralab.adapters.hosting import adapted_modules
+from loralab.adapters.installing import hosting
+from loralab.adapters.items import Own, Pair, Rows
+from loralab.adapters.settings import LoRAConfig
+from loralab.adapters.targets import walk
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Full name -> parameter of everything the adapter trains: A, B, whole modules' copies."""
+    hosting(model, name)
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for path, module in adapted_modules(model):
+        item = module.adapters.get(name)
+        if item is None:
+            continue
+        prefix = f"{path}.adapters.{name}" if path else f"adapters.{name}"
+        for key, parameter in item.named_parameters():
+            if id(parameter) not in seen:  # rows of a tied embedding are one parameter
+                seen.add(id(parameter))
+                found[f"{prefix}.{key}"] = parameter
+    return found
+
+
+def extract(model: nn.Module, name: str) -> Adapter:
+    """An attached adapter as a value; its tensors are detached copies on the CPU.
+
+    An adapter whose initialiser moved the base comes out as a plain one for the untouched base, of
+    twice the rank.
+    """
+    host = hosting(model, name)
+    parts = Parts()
+    for path, module in adapted_modules(model):
+        item = module.adapters.get(name)
+        if item is not None:
+            parts.add(path, module, item)
+    return Adapter(
+        config=_config_of(host.configs[name], parts),
+        pairs=parts.pairs,
+        extra=parts.extra,
+        magnitudes=parts.magnitudes,
+        token_rows=parts.token_rows,
+        layers=parts.layers,
+        whole_modules=tuple(parts.whole),
+        base=host.fingerprint or None,
+        facts={**model_facts(model, parts.pairs), **host.facts.get(name, {})},
+    )
+
+
+class Parts:
+    """What an adapter consists of, collected module by module."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[str, Layer] = {}
+        self.magnitudes: dict[str, Tensor] = {}
+        self.extra: dict[str, Tensor] = {}
+        self.token_rows: dict[str, tuple[Tensor, Tensor]] = {}
+        self.whole: list[str] = []
+        self.doubled = False  # an initialiser moved the base, so pairs have twice the rank
+
+    def add(self, path: str, module: nn.Module, item: nn.Module) -> None:
+        if isinstance(item, Pair):
+            A, B = item.factors()
+            self.pairs[path] = (value_of(A), value_of(B))
+            self.layers[path] = item.layer
+            self.doubled |= A is not item.A
+            if item.magnitude is not None:
+                self.magnitudes[path] = value_of(item.magnitude)
+            if item.bias is not None:
+                self.extra[f"{path}.bias"] = value_of(item.bias)
+        elif isinstance(item, Rows):
+            if isinstance(module, nn.Embedding):  # a tied output layer shows the same rows
+                self.token_rows[path] = (value_of(item.indices), value_of(item.rows))
+        else:
+            if not isinstance(item, Own):
+                self.whole.append(path)
+            tensors = plain_tensors(item)
+            self.extra.update({f"{path}.{key}": value_of(tensors[key]) for key in tensors})
+
+
+def _config_of(config: LoRAConfig, parts: Parts) -> LoRAConfig:
+    if not parts.doubled:
+        return config
+    growth = 2 if config.scaling == "alpha/rank" else math.sqrt(2)  # the scale stays
+    return replace(
+        config,
+        init="kaiming",
+        rank=2 * config.rank,
+        alpha=growth * config.alpha,
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: growth * alpha for key, alpha in config.alpha_pattern.items()},
+    )
+
+
+def model_facts(model: nn.Module, pairs: Mapping[str, Any]) -> dict[str, str]:
+    """What an adapter's file says of its base besides the fingerprint.
+
+    ambiguous: last parts of names that also occur on modules without a pair, so that they cannot
+    stand for the adapter's modules.
+    """
+    modules = dict(walk(model))
+    ours = {path.rpartition(".")[2] for path in pairs}
+    others = {path.rpartition(".")[2] for path in modules if path not in pairs}
+    facts = {"model_class": type(model).__name__, "ambiguous": " ".join(sorted(ours & others))}
+    if any(isinstance(modules[path], Conv1D) for path in pairs):
+        facts["fan_in_fan_out"] = "true"
+    config = getattr(model, "config", None)
+    where = getattr(config, "_name_or_path", None)
+    if isinstance(where, str) and where:
+        facts["base_model"] = where
+    return facts
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) numbers in the model's parameters; shared ones count once."""
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return trainable, sum(p.numel() for p in parameters)
+
+
+def value_of(tensor: Tensor) -> Tensor:
+    """A detached copy on the CPU."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
