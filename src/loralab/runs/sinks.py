@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from loralab.errors import ConfigError
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Takes figures by name at a step."""
 
