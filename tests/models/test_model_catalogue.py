@@ -1,6 +1,7 @@
 """The two models that packages carry, really loaded."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loralab.catalogue import fetch
+from loralab.errors import OutputError
 from loralab.models import convert, count_parameters, load_model, load_tokenizer
 from loralab.models.convert import converted_folder
 
@@ -87,6 +89,15 @@ def test_rotary_rows_come_back_in_order() -> None:
     # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
     permuted = rows.reshape(heads, 2, size // 2, width).swapaxes(1, 2).reshape(rows.shape)
     assert np.array_equal(convert._unpermuted(permuted, heads), rows)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = fetch("smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(convert, "_tensors", lambda *_: {"x": np.zeros(1000, np.float32)})
+    with pytest.raises(OutputError, match="the disk is full; nothing half-written was left"):
+        convert.convert(raw, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

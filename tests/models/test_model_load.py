@@ -199,3 +199,22 @@ def test_damaged_index(small: Build, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ModelError, match=r"index\.json is damaged"):
         load_model(str(tmp_path))
+
+
+def test_a_model_in_the_hubs_cache_loads_without_the_hub(
+    saved: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "hub" / "models--some--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "snapshots").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    saved("llama").rename(cached / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for offline in (True, False):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(hub.HfApi, "model_info", _no_network)
+        assert load_model("some/tiny")._loralab_fresh_head == "score"
+
+
+def _no_network(*_: object, **__: object) -> None:
+    raise ConnectionError("no route to host")

@@ -92,28 +92,18 @@ class MaskPooled(_Base):
         1 at real tokens, all real where it is None; `labels` (rows,). Other arguments go to the
         base model. Logits are (rows, classes) in the model's dtype, the loss is float32.
         """
-        if self._pooling == "native":
-            texts = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-            return super().forward(attention_mask=attention_mask, labels=labels, **texts, **kwargs)
         as_tuple = kwargs.pop("return_dict", None) is False
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None:
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given:
             raise ValueError("give input_ids or inputs_embeds")
-        if self._gives_positions and attention_mask is not None:
-            kwargs.setdefault("position_ids", positions(attention_mask))
-        if self._takes_cache:
-            kwargs.setdefault("use_cache", False)
-        outputs = self.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,
-            **kwargs,
-        )
-        if attention_mask is None:
-            attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
-        pool = mean_token if self._pooling == "mean" else last_token
-        logits = self._classify(pool(outputs.last_hidden_state, attention_mask))
+        if self._pooling == "native":
+            outputs = super().forward(
+                **given, attention_mask=attention_mask, return_dict=True, **kwargs
+            )
+            logits = outputs.logits
+        else:
+            outputs, logits = self._pool(given, attention_mask, kwargs)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         result = SequenceClassifierOutput(
             loss=cast(Any, loss),
@@ -122,6 +112,23 @@ class MaskPooled(_Base):
             attentions=outputs.attentions,
         )
         return result.to_tuple() if as_tuple else result
+
+    def _pool(
+        self, given: dict[str, Tensor], attention_mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Any, Float[Tensor, "rows classes"]]:
+        """The base model's output, and the head's on what is pooled from it."""
+        if self._gives_positions and attention_mask is not None:
+            kwargs.setdefault("position_ids", positions(attention_mask))
+        if self._takes_cache:
+            kwargs.setdefault("use_cache", False)
+        outputs = self.base_model(
+            **given, attention_mask=attention_mask, return_dict=True, **kwargs
+        )
+        hidden = outputs.last_hidden_state
+        if attention_mask is None:
+            attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        pool = mean_token if self._pooling == "mean" else last_token
+        return outputs, self._classify(pool(hidden, attention_mask))
 
     def _classify(self, pooled: Float[Tensor, "rows width"]) -> Float[Tensor, "rows classes"]:
         head = self.get_submodule(self._head)

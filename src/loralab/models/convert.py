@@ -7,7 +7,10 @@ bits (ggml-quants.h), 15 to 19 significant bits against bfloat16's 8 and float16
 cached folder (540 MB) holds exactly the model that the GGUF file is, and `dtype` rounds once.
 """
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from loralab.catalogue import ENTRIES, cache_folder, fetch
 from loralab.errors import ModelError
-from loralab.files import replacing, write_json
+from loralab.files import cannot_write, replacing, write_json
 
 _FORMAT = 1  # raise it when the conversion changes, so that old folders are left aside
 _SIZES = "sizes.json"
@@ -57,6 +60,10 @@ def converted_folder(name: str) -> Path:
     source = fetch(name) / entry.main
     with _locked(folder):
         if not _is_whole(folder):
+            for left_over in folder.parent.glob(
+                f".{folder.name}.*"
+            ):  # of a process that was killed
+                shutil.rmtree(left_over, ignore_errors=True)
             convert(source, folder)
     return folder
 
@@ -74,7 +81,7 @@ def convert(source: Path, folder: Path) -> None:
     tensors = _tensors(reader, facts)
     with replacing(folder) as aside:
         aside.mkdir()
-        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        _save(tensors, aside / "model.safetensors")
         write_json(aside / "config.json", _config(facts, tied="lm_head.weight" not in tensors))
         _tokenizer(facts).save(str(aside / "tokenizer.json"))
         write_json(aside / "tokenizer_config.json", _tokenizer_config(facts))
@@ -92,8 +99,20 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _locked(folder: Path) -> FileLock:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     return FileLock(folder.with_name(folder.name + ".lock"))
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    # safetensors hides a full disk in an error of its own, so it is looked for first.
+    if shutil.disk_usage(path.parent).free < 1.05 * sum(
+        values.nbytes for values in tensors.values()
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _tensors(reader: GGUFReader, facts: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
 
@@ -61,8 +60,12 @@ def hub_folder(name: str, *, advice: str) -> Path:
 
 def _cached(name: str, why: str, advice: str) -> Path:
     try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError) as error:
+        return Path(
+            snapshot_download(
+                name, local_files_only=True, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            )
+        )
+    except (OSError, HFValidationError) as error:  # OSError: no snapshot, or not a whole one
         raise ModelError(
             f"no model {name!r} here: it is neither in the catalogue, nor a local folder, nor in "
             f"the hub's cache, and {why}",
