@@ -45,6 +45,9 @@ def build_comparison(
     open_ends = {result.method: reason for result in results if (reason := _open_end(result))}
     winner = None if open_ends else contest.winner
     methods = [_describe_method(result, test) for result in results]
+    for entry in methods:
+        rivals = contest.primary_pairs and entry["method"] in contest.methods
+        entry["detectable_lead"] = contest.detectable_lead(entry["method"]) if rivals else None
     standing = Standing(
         contest=contest,
         winner=winner,

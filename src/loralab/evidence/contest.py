@@ -10,8 +10,9 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Shaped
+from scipy import optimize
 
-from loralab.measuring import PairedDifference, holm, paired_difference
+from loralab.measuring import POWER, PairedDifference, holm, paired_difference
 
 ALPHA = 0.05
 
@@ -57,12 +58,33 @@ class Contest:
 
     @property
     def winner(self) -> str | None:
-        """The method that beats each other method."""
+        """The method that beats every other."""
         for one in self.methods:
             others = [method for method in self.methods if method != one]
             if others and all(self.beats(one, other) for other in others):
                 return one
         return None
+
+    def detectable_lead(self, method: str, others: Sequence[str] | None = None) -> float:
+        """The lead over all of `others` that would show over each of them in 80 % of repeats.
+
+        Without `others`: over every other method, which makes `method` the winner. All pairs must
+        show, the last of them at the level that Holm's steps have reached by then; their risks of
+        not showing are added up.
+        """
+        rivals = [other for other in others or self.methods if other != method]
+        own = [find_pair(self.primary_pairs, method, rival).difference for rival in rivals]
+        alpha, risk = ALPHA / (len(self.primary_pairs) - len(own) + 1), 1 - POWER
+        smallest = min(pair.detectable(alpha, 1 - risk) for pair in own)
+        largest = max(pair.detectable(alpha, 1 - risk / len(own)) for pair in own)
+        if smallest == largest:
+            return largest
+
+        def excess_risk(lead: float) -> float:
+            return sum(1 - pair.power(lead, alpha) for pair in own) - risk
+
+        root = optimize.root_scalar(excess_risk, bracket=(smallest, largest * (1 + 1e-9)))
+        return float(root.root)
 
 
 def find_pair(pairs: Sequence[Pair], one: str, other: str) -> Pair:

@@ -39,12 +39,12 @@ def write_verdict(standing: Standing) -> str:
         reasons = _listed(list(standing.open_ends.values()))
         return (
             f"No winner, because {reasons}; {_setting(standing)},"
-            f" {_lead(standing, pair, ahead, behind)}{_smallest(standing, pair)}"
+            f" {_lead(standing, pair, ahead, behind)}{_smallest(standing, ahead)}"
             f"{_constant(standing)}."
         )
     return (
         f"No winner: {_setting(standing)}, {_lead(standing, pair, ahead, behind)}"
-        f"{_why_not(standing, ahead)}{_smallest(standing, pair)}{_secondary(standing, None)}"
+        f"{_why_not(standing, ahead)}{_smallest(standing, ahead)}{_secondary(standing, None)}"
         f"{_constant(standing)}."
     )
 
@@ -90,9 +90,7 @@ def _second_place(standing: Standing, behind: str) -> str:
     worst = max(
         pair.p for pair in standing.contest.primary_pairs if standing.winner in (pair.a, pair.b)
     )
-    return (
-        f", the next best, and better than each other method (Holm-corrected p at most {worst:.2g})"
-    )
+    return f", the next best, and better than every other (Holm-corrected p at most {worst:.2g})"
 
 
 def _why_not(standing: Standing, ahead: str) -> str:
@@ -119,9 +117,13 @@ def _why_not(standing: Standing, ahead: str) -> str:
     return f", too little to tell them apart{told}"
 
 
-def _smallest(standing: Standing, pair: Pair) -> str:
-    size = _size(standing, pair.detectable_difference)
-    return f"; the smallest difference that would have shown in 80 % of repeats is {size}"
+def _smallest(standing: Standing, ahead: str) -> str:
+    """The lead that would have told the leader apart from those it did not beat."""
+    contest = standing.contest
+    rivals = [m for m in contest.methods if m != ahead and not contest.beats(ahead, m)]
+    over = f" over {_listed(rivals)}" if len(rivals) < len(contest.methods) - 1 else ""
+    size = _size(standing, contest.detectable_lead(ahead, rivals))
+    return f"; the smallest lead{over} that would have shown in 80 % of repeats is {size}"
 
 
 def _secondary(standing: Standing, winner: str | None) -> str:

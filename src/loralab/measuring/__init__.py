@@ -9,6 +9,7 @@ from loralab.measuring.metrics import (
     wilson,
 )
 from loralab.measuring.statistics import (
+    POWER,
     CountsBound,
     Estimate,
     McNemar,
@@ -22,6 +23,7 @@ from loralab.measuring.statistics import (
 from loralab.measuring.timing import median_step_seconds
 
 __all__ = [
+    "POWER",
     "CountsBound",
     "Estimate",
     "Interval",

@@ -35,7 +35,9 @@ class Counts(TypedDict):
 
 
 def wilson(
-    successes: float, trials: float, critical: float = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    successes: int | float,
+    trials: int | float,
+    critical: float = float(stats.norm.ppf((1 + CONFIDENCE) / 2)),
 ) -> tuple[float, float]:
     """Wilson's score interval (low, high) of a proportion; it never leaves [0, 1].
 
@@ -77,25 +79,32 @@ def classification_metrics(
     counts, draws = _counts_and_draws(labels, predictions, num_labels, groups, resamples)
     num_documents = _num_documents(groups, len(labels))
 
-    def interval(figure: Callable[[Counts], Figure], trials: float) -> Interval:
-        return _resampled_interval(figure(counts), figure(draws), num_documents, trials)
+    def by_label(figure: Callable[[Counts], Figure], trials: Figure) -> list[Interval]:
+        ours, drawn = figure(counts), figure(draws)
+        return [
+            _resampled_interval(ours[:, k], drawn[..., k], num_documents, float(trials[k]))
+            for k in range(num_labels)
+        ]
 
-    support = np.bincount(labels, minlength=num_labels)
-    predicted = counts["predicted"].mean(axis=0)
+    support, predicted = counts["support"][0], counts["predicted"].mean(axis=0)
+    precision, recall = by_label(_precision, predicted), by_label(_recall, support)
+    f1, macro_f1 = by_label(_f1, support), _macro_f1(counts)
     return {
         "rows": len(labels),
         "documents": num_documents,
         "seeds": len(predictions),
         "accuracy": accuracy_interval(predictions == labels, groups),
         "nll": mean_interval(nll, groups),
-        "macro_f1": interval(_macro_f1, len(labels)),
+        "macro_f1": _resampled_interval(
+            macro_f1, _macro_f1(draws), num_documents, float(len(labels))
+        ),
         "per_class": [
             {
                 "label": label,
                 "support": int(support[label]),
-                "precision": interval(lambda c, k=label: _precision(c)[..., k], predicted[label]),
-                "recall": interval(lambda c, k=label: _recall(c)[..., k], support[label]),
-                "f1": interval(lambda c, k=label: _f1(c)[..., k], support[label]),
+                "precision": precision[label],
+                "recall": recall[label],
+                "f1": f1[label],
             }
             for label in range(num_labels)
         ],
@@ -108,7 +117,7 @@ def classification_metrics(
                 "confusion_matrix": matrix.tolist(),
             }
             for predicted_labels, seed_nll, seed_f1, matrix in zip(
-                predictions, nll, _macro_f1(counts), matrices, strict=True
+                predictions, nll, macro_f1, matrices, strict=True
             )
         ],
     }
@@ -163,7 +172,7 @@ def accuracy_interval(
         estimate.value,
         estimate.standard_error**2,
         estimate.degrees_of_freedom,
-        _num_documents(groups, correct.shape[1]),
+        float(_num_documents(groups, correct.shape[1])),
     )
 
 

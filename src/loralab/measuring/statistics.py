@@ -55,7 +55,14 @@ class PairedDifference(Estimate):
         """The true difference that a two-sided test at `alpha` finds with probability `power`."""
         reach = _critical(alpha, self.degrees_of_freedom) * self.standard_error
         margin = float(special.stdtrit(self.degrees_of_freedom, power)) * self.expected_error
-        return (reach + margin) * float(np.sqrt(_median_correction(self.degrees_of_freedom)))
+        return reach + margin
+
+    def power(self, difference: float, alpha: float = 1 - CONFIDENCE) -> float:
+        """The probability that a test at `alpha` finds a true difference of this size."""
+        beyond = difference - _critical(alpha, self.degrees_of_freedom) * self.standard_error
+        if self.expected_error == 0:
+            return float(beyond >= 0)
+        return float(special.stdtr(self.degrees_of_freedom, beyond / self.expected_error))
 
 
 @dataclass(frozen=True)
@@ -93,11 +100,15 @@ def mean_over_seeds(scores: Scores, groups: Groups = None) -> Estimate:
     document, sizes = _documents(groups, values.shape[1])
     rows, rows_df = _rows_variance(values.mean(axis=0), document, sizes)
     seeds, residual = _seeds_variance(values, document, sizes)
-    parts = [(rows + _smoothing(scores), rows_df), (seeds, len(values) - 1)]
+    parts = [(rows + _smoothing(scores), rows_df), (seeds, len(values) - 1.0)]
     return Estimate(float(values.mean()), *_combine(parts, residual))
 
 
-def paired_difference(a: Scores, b: Scores, groups: Groups = None) -> PairedDifference:
+def paired_difference(
+    a: Shaped[np.ndarray, "seeds_a items_a"],
+    b: Shaped[np.ndarray, "seeds_b items_b"],
+    groups: Shaped[np.ndarray, " items_a"] | None = None,
+) -> PairedDifference:
     """Scores of method `a` (seeds, items) minus those of `b` on the same items.
 
     The rows' part is paired: the variance of the rows' differences, averaged over seeds. The
@@ -121,8 +132,8 @@ def paired_difference(a: Scores, b: Scores, groups: Groups = None) -> PairedDiff
     spread_b, residual_b = _seeds_variance(second, document, sizes)
     parts = [
         (rows + smoothing, rows_df),
-        (spread_a, len(first) - 1),
-        (spread_b, len(second) - 1),
+        (spread_a, len(first) - 1.0),
+        (spread_b, len(second) - 1.0),
     ]
     error, df, expected = _combine(parts, residual_a + residual_b)
     difference = float(gaps.mean())
