@@ -20,7 +20,7 @@ _GRIDS = {
     "head": [1e-3, 3e-3, 1e-2, 3e-2],
     "lora": [1e-4, 3e-4, 1e-3, 3e-3],
     "frozen": [1e-5, 3e-5, 1e-4, 3e-4],
-    "full": [1e-5, 3e-5, 1e-4],
+    "full": [1e-5, 3e-5],
 }
 _TEXTS = [
     "An utterly charming film that never once condescends to its audience.",
@@ -113,7 +113,7 @@ def comparison() -> dict[str, Any]:
 def _method(name: str, chance: random.Random) -> dict[str, Any]:
     trainable, best, accuracy, nll, peak, seconds, artifact = _METHODS[name]
     rates = []
-    for rate in sorted({*_GRIDS[name], best * 3}):
+    for rate in sorted({*_GRIDS[name], float(f"{best * 3:.1e}")}):
         away = math.log10(rate / best)
         rates.append(
             {

@@ -112,14 +112,6 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Prose:
-    """A paragraph."""
-
-    kind: ClassVar[str] = "prose"
-    text: str
-
-
-@dataclass(frozen=True)
 class Quote:
     """The text of a data row, and what each method said of it."""
 
@@ -162,7 +154,7 @@ class Commands:
     rows: tuple[tuple[str, str], ...]
 
 
-Block = Table | TableGrid | FigureGrid | Facts | Prose | Quotes | Notes | Commands
+Block = Table | TableGrid | FigureGrid | Facts | Quotes | Notes | Commands
 
 
 @dataclass(frozen=True)

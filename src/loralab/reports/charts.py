@@ -305,7 +305,7 @@ def cost_chart(
     )
 
 
-def smooth(losses: Sequence[Sequence[float]], span: int) -> list[tuple[int, float]]:
+def smooth(losses: Sequence[Sequence[Any]], span: int) -> list[tuple[int, float]]:
     """Exponential average of (step, loss) over about `span` points, without start-up bias.
 
     Values that are not finite are left out. Thinned to what a chart can show.
@@ -348,27 +348,19 @@ def padded_range(values: Iterable[Any]) -> list[float]:
     return [low - margin, high + margin]
 
 
-def _binary_ticks(sizes: Sequence[float], logarithmic: bool) -> Spec:
-    """Axis values at round binary sizes; nothing where Vega's own do."""
+def _binary_ticks(sizes: Sequence[int | float], logarithmic: bool) -> Spec:
+    """Axis values at round binary sizes; nothing where Vega's own will do."""
     if not sizes or max(sizes) <= 0:
         return {}
-    steps = [
-        m * unit for unit in (1, _KIB, _MIB, _GIB) for m in (1, 2, 5, 10, 20, 50, 100, 200, 500)
-    ]
+    units = (1, _KIB, _MIB, _GIB)
     if logarithmic:
-        ticks = [
-            s
-            for s in steps
-            if str(s // _unit(s))[0] == "1" and min(sizes) / 4 <= s <= 4 * max(sizes)
-        ]
+        decades = [decade * unit for unit in units for decade in (1, 10, 100)]
+        ticks = [tick for tick in decades if min(sizes) / 4 <= tick <= 4 * max(sizes)]
     else:
-        step = next((s for s in steps if max(sizes) / s < 3), None)
-        ticks = [] if step is None else [i * step for i in range(math.floor(max(sizes) / step) + 1)]
+        steps = [m * unit for unit in units for m in (1, 2, 5, 10, 20, 50, 100, 200, 500)]
+        step = next((step for step in steps if max(sizes) / step < 3), steps[-1])
+        ticks = [i * step for i in range(math.floor(max(sizes) / step) + 1)]
     return {"values": ticks} if len(ticks) > 1 else {}
-
-
-def _unit(size: float) -> int:
-    return next(unit for unit in (_GIB, _MIB, _KIB, 1) if size >= unit)
 
 
 def _scale(domain: Sequence[float]) -> Spec:

@@ -256,7 +256,7 @@ def _forest_row(pair: Row, axis: _Axis, write: Any) -> tuple[Cell, ...]:
         band = None if detectable is None else (axis.share(-detectable), axis.share(detectable))
         ends = [difference if end is None else end for end in (low, high)]
         low_x, x, high_x = (axis.share(place) for place in (ends[0], difference, ends[1]))
-        bar = Bar(low_x, x, high_x, zero=axis.share(0), band=band, hollow=not significant)
+        bar = Bar(low_x, x, high_x, zero=axis.share(0.0), band=band, hollow=not significant)
     return (
         Cell(f"{pair.get('a')} − {pair.get('b')}"),
         Cell("", bar=bar),

@@ -1,5 +1,6 @@
 """The sections of a comparison that are charts: learning rates, losses, cost against quality."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def loss_section(
     for row in methods:
         method = str(row["method"])
         runs = loss_curves.get(method) or ()
-        at_best = [r for r in runs if r.get("learning_rate") == row.get("best_learning_rate")]
+        at_best = [r for r in runs if _same(r.get("learning_rate"), row.get("best_learning_rate"))]
         if at_best or runs:
             chosen[method] = at_best or list(runs)
     if not chosen:
@@ -191,13 +192,21 @@ def _rate_points(row: Row, grids: Row) -> list[dict[str, Any]]:
             "rate": point["learning_rate"],
             "loss": formats.finite(point.get("validation_nll", point.get("validation_loss"))),
             "accuracy": formats.finite(point.get("validation_accuracy")),
-            "best": point["learning_rate"] == row.get("best_learning_rate"),
-            "extended": bool(
-                point.get("extended", bool(grid) and point["learning_rate"] not in grid)
-            ),
+            "best": _same(point["learning_rate"], row.get("best_learning_rate")),
+            "extended": bool(point.get("extended", _is_added(point["learning_rate"], grid))),
         }
         for point in row.get("learning_rates") or ()
     ]
+
+
+def _is_added(rate: int | float, grid: Sequence[int | float] | None) -> bool:
+    """Whether a rate is none of the grid the settings give, where they give one."""
+    return bool(grid) and not any(_same(rate, given) for given in grid or ())
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two rates are one: a grid extended by its own ratio has rounding in its last bits."""
+    return None not in (one, other) and math.isclose(one, other, rel_tol=1e-6)
 
 
 def _rate_remarks(point: Row) -> list[str]:

@@ -8,7 +8,6 @@ from loralab.reports.blocks import (
     Block,
     Cell,
     Column,
-    Prose,
     Quote,
     Quotes,
     Section,
@@ -59,7 +58,7 @@ def class_section(methods: Sequence[Row], styles: Styles, comparison: Row) -> Se
 
 def seed_section(methods: Sequence[Row], styles: Styles, comparison: Row) -> Section | None:
     """Every seed's figures, and McNemar's test seed by seed."""
-    blocks: list[Block] = []
+    tables: list[Table] = []
     runs = [(str(row["method"]), run) for row in methods for run in row.get("by_seed") or ()]
     keys = _figure_keys(run for _, run in runs)
     if keys:
@@ -76,22 +75,26 @@ def seed_section(methods: Sequence[Row], styles: Styles, comparison: Row) -> Sec
             )
             for method, run in runs
         )
-        blocks.append(Table("Each seed's run on the same test rows.", columns, rows, wide=False))
+        caption = "Each seed's run on the same test rows."
+        tables.append(Table(caption, columns, rows, heading="Figures", wide=False))
     if mcnemar := comparison.get("mcnemar"):
-        blocks.append(_mcnemar_table(mcnemar))
-    return Section("seeds", "Seed by seed", "Seeds", tuple(blocks)) if blocks else None
+        tables.append(_mcnemar_table(mcnemar))
+    if not tables:
+        return None
+    return Section("seeds", "Seed by seed", "Seeds", (TableGrid(tuple(tables)),))
 
 
 def economy_section(methods: Sequence[Row], styles: Styles, comparison: Row) -> Section | None:
     """The storage sum, and "parameter efficiency" with why it decides nothing."""
-    blocks: list[Block] = []
+    tables: list[Table] = []
     if storage := comparison.get("storage"):
-        blocks.append(_storage_table(storage, styles))
+        tables.append(_storage_table(storage, styles))
     if efficiency := comparison.get("parameter_efficiency"):
-        blocks += _efficiency_blocks(efficiency, methods, styles)
-    if not blocks:
+        tables.append(_efficiency_table(efficiency, methods, styles))
+    if not tables:
         return None
-    return Section("economy", "Storage and parameter efficiency", "Economy", tuple(blocks))
+    title = "Storage, and “parameter efficiency”"
+    return Section("economy", title, "Economy", (TableGrid(tuple(tables)),))
 
 
 def disagreement_section(comparison: Row, styles: Styles) -> Section | None:
@@ -147,7 +150,7 @@ def _mcnemar_table(tests: Sequence[Row]) -> Table:
         rows,
         note="This test knows one run of each method. It is shown seed by seed and is no part of "
         "the verdict: pooled over seeds that differ, it names winners where there are none.",
-        heading="McNemar's test, seed by seed",
+        heading="McNemar's test",
         wide=False,
     )
 
@@ -182,7 +185,7 @@ def _storage_sum(row: Row, tasks: Any) -> str:
     return f"base + {count} × small part" if row.get("needs_base") else f"{count} × whole model"
 
 
-def _efficiency_blocks(efficiency: Row, methods: Sequence[Row], styles: Styles) -> list[Block]:
+def _efficiency_table(efficiency: Row, methods: Sequence[Row], styles: Styles) -> Table:
     values: Row = efficiency.get("accuracy_per_million_parameters") or {}
     trainable = {str(row["method"]): row.get("trainable_parameters") for row in methods}
     entries = [
@@ -205,10 +208,8 @@ def _efficiency_blocks(efficiency: Row, methods: Sequence[Row], styles: Styles) 
         Column("accuracy per million"),
     )
     heading = "“Parameter efficiency”, and why it ranks nothing"
-    blocks: list[Block] = [Table("", columns, rows, heading=heading, wide=False)]
-    if refutation := efficiency.get("refutation"):
-        blocks.append(Prose(str(refutation)))
-    return blocks
+    note = str(efficiency.get("refutation") or "")
+    return Table("", columns, rows, note=note, heading=heading, wide=False)
 
 
 def _four_digits(value: Any) -> str:

@@ -85,6 +85,7 @@ def _policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
     )
 
 
+@cache
 def _source_hash(text: str) -> str:
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

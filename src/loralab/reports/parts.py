@@ -60,7 +60,7 @@ def metric_cell(name: str, value: Any) -> Cell:
 
 
 def confusion_table(
-    matrix: Sequence[Sequence[float]], labels: Sequence[str], caption: str, **heading: Any
+    matrix: Sequence[Sequence[int | float]], labels: Sequence[str], caption: str, **heading: Any
 ) -> Table:
     """Rows are true classes, columns predicted ones; shade and small figure are row shares."""
     names = [str(label) for label in labels] or [str(index) for index in range(len(matrix))]
