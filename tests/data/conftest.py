@@ -8,6 +8,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from byte_tokenizer import build_tokenizer
+from hypothesis import settings
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine is no fault
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

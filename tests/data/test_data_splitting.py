@@ -31,7 +31,7 @@ def linked(examples):
     return reach
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(PAIRS)
 def test_linked_rows_are_on_one_side(pairs):
     examples = rows(pairs)

@@ -1,12 +1,13 @@
 """Downloads one pinned archive through pip, quietly, and says in words what went wrong."""
 
+import contextlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from loralab.catalogue.cache import cache_folder
 from loralab.catalogue.entries import Archive
 from loralab.errors import FetchError, OutputError
 
@@ -47,7 +48,7 @@ def download(archive: Archive, folder: Path, tick: Callable[[int], None]) -> Pat
         failure = talk
         if "DO NOT MATCH THE HASHES" not in talk:
             break
-    raise _explained(archive, folder, failure)
+    raise _explained(archive, failure)
 
 
 def _run_pip(
@@ -71,24 +72,22 @@ def _run_pip(
         command += ["--no-binary", archive.package, "--use-pep517", "--no-build-isolation"]
     else:
         command += ["--only-binary", ":all:"]
-    talk = folder / "talk.txt"
-    with talk.open("wb") as stream:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,  # no file: the disk may be what is full
+        stderr=subprocess.STDOUT,
+    ) as process:
         try:
-            while process.poll() is None:
+            while True:
                 tick(_bytes_under(temporary) + _bytes_under(out))
-                time.sleep(_POLL_SECONDS)
-        finally:
-            if process.poll() is None:  # an interrupt or a callback that raised
-                process.kill()
-                process.wait()
-    return process.returncode, talk.read_text("utf-8", errors="replace")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    talk, _ = process.communicate(timeout=_POLL_SECONDS)
+                    return process.returncode, talk.decode("utf-8", errors="replace")
+        except BaseException:  # an interrupt, or a callback that raised
+            process.kill()
+            raise
 
 
 def _stand_in_backend(archive: Archive, folder: Path) -> Path:
@@ -112,7 +111,7 @@ def _bytes_under(folder: Path) -> int:
     return total
 
 
-def _explained(archive: Archive, folder: Path, talk: str) -> FetchError | OutputError:
+def _explained(archive: Archive, talk: str) -> FetchError | OutputError:
     what = f"{archive.package} {archive.version}"
     if "No module named pip" in talk:
         return FetchError(
@@ -120,20 +119,29 @@ def _explained(archive: Archive, folder: Path, talk: str) -> FetchError | Output
             "add it with `python -m ensurepip` or `uv pip install pip`, then start again.",
         )
     if "No space left on device" in talk or "Errno 28" in talk:
-        return full_disk(folder, archive.num_bytes)
+        return full_disk(cache_folder(), archive.num_bytes)
     if "DO NOT MATCH THE HASHES" in talk:
         return FetchError(
             f"the package index gave other bytes for {what} than the pinned SHA-256 "
             f"{archive.sha256}",
             "check the index that pip uses (`pip config list`): its copy is damaged or altered.",
         )
-    reasons = [line.strip() for line in talk.splitlines() if line.lstrip().startswith("ERROR:")]
-    reason = reasons[-1].removeprefix("ERROR:").strip() if reasons else "pip gave no reason"
+    reason = _reason(talk)
     return FetchError(
         f"could not download {what} through pip: {reason}",
         "connect to a network or a package index that has it (pip's own settings apply, such as "
         "PIP_INDEX_URL), then start again; what is fetched once works without a network.",
     )
+
+
+def _reason(talk: str) -> str:
+    if "after connection broken by" in talk:
+        return "its package index cannot be reached"
+    lines = [line.strip() for line in talk.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    if not errors:
+        return "pip gave no reason"
+    return lines[-1] if errors[-1] == "Exception:" else errors[-1]  # a traceback ends with it
 
 
 def full_disk(place: Path, num_bytes: int) -> OutputError:

@@ -44,7 +44,7 @@ def encode(
     _refuse_empty(rows, task)
     num_cut = sum(row.num_cut > 0 for row in rows)
     if num_cut:
-        logger.info("%d of %d rows were cut to %d tokens", num_cut, len(rows), limit)
+        logger.warning("%d of %d rows were cut to %d tokens", num_cut, len(rows), limit)
     return rows
 
 
