@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loralab.catalogue import fetch
-from loralab.errors import OutputError
+from loralab.errors import ModelError, OutputError
 from loralab.models import convert, count_parameters, load_model, load_tokenizer
 from loralab.models.convert import converted_folder
 
@@ -92,12 +93,23 @@ def test_rotary_rows_come_back_in_order() -> None:
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = fetch("smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(convert, "GGUFReader", lambda _: SimpleNamespace(fields={}))
+    monkeypatch.setattr(convert, "_checked_facts", lambda *_: {})
     monkeypatch.setattr(convert, "_tensors", lambda *_: {"x": np.zeros(1000, np.float32)})
     with pytest.raises(OutputError, match="the disk is full; nothing half-written was left"):
-        convert.convert(raw, tmp_path / "new")
+        convert.convert(tmp_path / "some.gguf", tmp_path / "new")
     assert not list(tmp_path.iterdir())
+
+
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "falcon.gguf"
+    writer = GGUFWriter(file, "falcon")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"architecture falcon .*; only llama with gpt2"):
+        convert.convert(file, tmp_path / "new")
 
 
 @pytest.mark.slow

@@ -51,6 +51,18 @@ def test_dropout_depends_on_seed_and_step_and_leaves_the_global_generator() -> N
     assert losses(1, seed=5) != first
 
 
+def test_short_rows_in_half_precision_use_another_attention_with_the_same_result() -> None:
+    model = llama(dtype="bfloat16")
+    seen = []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(lambda m, _: seen.append(m.config._attn_implementation))
+    step = repeatable_step(ready("lora", model=model), labelled_rows(6))
+    same = repeatable_step(ready("lora", model=llama(dtype="float32")), labelled_rows(6))
+    assert step().loss == pytest.approx(same().loss, rel=0.02)
+    assert seen == ["eager"]
+    assert model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_activation_checkpointing_changes_no_bit(kind: str) -> None:
     """With dropout in the adapter and in the base."""

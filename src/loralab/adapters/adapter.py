@@ -36,6 +36,8 @@ class Adapter:
     token_rows: embedding -> (row numbers, the rows (num_rows, dim) that replace the base's).
     layers: module -> `Layer`, for every pair.
     whole_modules: full names of the modules whose tensors are all in `extra`.
+    repeated: tensors of the base that its file repeats (PEFT does with targeted embeddings); they
+        are compared with a model's, and never used or written.
     base: the fingerprint of the model it was trained on (`fingerprint`), where known.
     facts: what else its file said of it (task, base model's name), kept for writing.
     """
@@ -47,6 +49,7 @@ class Adapter:
     token_rows: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     layers: Mapping[str, Layer] = field(default_factory=dict)
     whole_modules: tuple[str, ...] = ()
+    repeated: Mapping[str, Tensor] = field(default_factory=dict)
     base: Mapping[str, str] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
 

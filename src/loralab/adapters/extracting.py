@@ -45,7 +45,7 @@ def extract(model: nn.Module, name: str) -> Adapter:
     for path, module in adapted_modules(model):
         item = module.adapters.get(name)
         if item is not None:
-            parts.add(path, module, item)
+            parts.add(path, item)
     return Adapter(
         config=_config_of(host.configs[name], parts),
         pairs=parts.pairs,
@@ -71,7 +71,7 @@ class Parts:
         self.whole: list[str] = []
         self.doubled = False  # an initialiser moved the base, so pairs have twice the rank
 
-    def add(self, path: str, module: nn.Module, item: nn.Module) -> None:
+    def add(self, path: str, item: nn.Module) -> None:
         if isinstance(item, Pair):
             A, B = item.factors()
             self.pairs[path] = (value_of(A), value_of(B))
@@ -82,7 +82,7 @@ class Parts:
             if item.bias is not None:
                 self.extra[f"{path}.bias"] = value_of(item.bias)
         elif isinstance(item, Rows):
-            if isinstance(module, nn.Embedding):  # a tied output layer shows the same rows
+            if not item.tied:
                 self.token_rows[path] = (value_of(item.indices), value_of(item.rows))
         else:
             if not isinstance(item, Own):

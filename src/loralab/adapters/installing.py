@@ -89,13 +89,13 @@ class Installer:
         self._put(path, copied)
 
     def rows(self, path: str, indices: Tensor, rows: Tensor) -> None:
-        """Rows of an embedding, and of every output layer whose weight is the embedding's."""
+        """Rows of an embedding, and of every other module whose weight is the embedding's own."""
         item = Rows(indices, rows)
         table = self.modules[path].weight
         self._put(path, item)
         for other, module in self.modules.items():
-            if other != path and isinstance(module, nn.Linear) and module.weight is table:
-                tied = Rows(indices, rows)
+            if other != path and module._parameters.get("weight") is table:
+                tied = Rows(indices, rows, tied=True)
                 tied.rows = item.rows  # one parameter on both sides
                 self._put(other, tied)
 

@@ -96,15 +96,20 @@ def weight_norm(
 class Rows(nn.Module):
     """Rows of an embedding that the adapter puts in the place of the base's (new tokens).
 
-    On an output layer whose weight is tied to the embedding the same rows make the logits.
+    tied: the rows of another module whose weight is the same tensor, such as an output layer, where
+    they make the logits.
     """
 
     indices: Tensor
 
     def __init__(
-        self, indices: Int[Tensor, "num_rows"], rows: Float[Tensor, "num_rows dim"]
+        self,
+        indices: Int[Tensor, "num_rows"],
+        rows: Float[Tensor, "num_rows dim"],
+        tied: bool = False,
     ) -> None:
         super().__init__()
+        self.tied = tied
         self.rows = nn.Parameter(rows)
         self.register_buffer("indices", indices, persistent=False)
 

@@ -5,9 +5,9 @@ nothing is ever subtracted back, so the base's own bytes come back.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from loralab.adapters.certificate import (
 from loralab.adapters.effect import Effect, Probe, batches_of, measure_effect, runner
 from loralab.adapters.extracting import extract
 from loralab.adapters.hosting import Adapted, Bank, Host, dismiss, host_of, plain_tensors
+from loralab.adapters.installing import allow_fast_path
 from loralab.adapters.merging import (
     WeightError,
     change_at,
@@ -73,11 +74,8 @@ def merge(
 def merged_model(model: nn.Module, adapter: Adapter) -> nn.Module:
     """The plain model with the adapter added; tensors it does not change are shared."""
     twin = plain_twin(model)
-    changed = dict(changed_tensors(model, adapter))
-    owners = dict(twin.named_modules(remove_duplicate=False))
-    for name, tensor in changed.items():
-        _put(owners, name, tensor)
-    _declare_untied(twin, changed)
+    _put_all(twin, changed_tensors(model, adapter))
+    _declare_untied(twin)
     return twin
 
 
@@ -115,7 +113,7 @@ def certify(
     )
 
 
-def changed_tensors(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+def changed_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Full name -> new tensor, in the base's dtype, of everything that the adapter changes."""
     own = plain_tensors(model)
     replaced: dict[str, Tensor] = {}
@@ -123,13 +121,10 @@ def changed_tensors(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, T
         weight = own[name].detach()
         replaced[name] = merged_weight(module, weight, change_at(adapter, path, weight.device))
     for path, (rows, values) in adapter.token_rows.items():
-        name = f"{path}.{weight_name(model.get_submodule(path))}"
-        table = replaced.get(name, own[name].detach()).clone()
-        table[rows.to(table.device)] = values.to(table)
-        replaced[name] = table
+        _replace_rows(own, replaced, f"{path}.weight", rows, values)
     for name, tensor in adapter.extra.items():
         replaced[name] = tensor.detach().to(device=own[name].device, dtype=own[name].dtype)
-    yield from replaced.items()
+    return replaced
 
 
 def merge_in_place(model: nn.Module, name: str) -> None:
@@ -140,11 +135,7 @@ def merge_in_place(model: nn.Module, name: str) -> None:
     """
     _check_not_merged(model)
     adapter = extract(model, name)
-    changed = dict(changed_tensors(model, adapter))
-    owners = dict(model.named_modules(remove_duplicate=False))
-    kept: dict[str, Tensor] = {}
-    for full_name, tensor in changed.items():
-        kept[full_name] = _put(owners, full_name, tensor)
+    kept = _put_all(model, changed_tensors(model, adapter))
     model.__dict__["_loralab_merged"] = (name, kept)
 
 
@@ -153,9 +144,8 @@ def restore(model: nn.Module) -> None:
     _, kept = model.__dict__.pop("_loralab_merged", (None, {}))
     owners = dict(model.named_modules(remove_duplicate=False))
     for full_name, tensor in kept.items():
-        owner, key = _place(owners, full_name)
-        table = owner._parameters if key in owner._parameters else owner._buffers
-        table[key] = tensor  # type: ignore[assignment]
+        path, _, key = full_name.rpartition(".")
+        _table(owners[path], key)[key] = tensor
 
 
 def save_merged(
@@ -227,8 +217,8 @@ def plain_twin(model: nn.Module) -> nn.Module:
     twin.__dict__.pop("_loralab_host", None)
     twin.__dict__.pop("_loralab_merged", None)
     for module in list(twin.modules()):
-        if isinstance(module, Adapted):
-            dismiss(module)
+        dismiss(module)
+    allow_fast_path(twin)
     return twin
 
 
@@ -248,35 +238,60 @@ def _weights(model: nn.Module, adapter: Adapter) -> Iterator[tuple[nn.Module, st
         yield module, path, f"{path}.{name}" if path else name
 
 
-def _place(owners: dict[str, nn.Module], full_name: str) -> tuple[nn.Module, str]:
-    path, _, key = full_name.rpartition(".")
-    return owners[path], key
+def _replace_rows(
+    own: Mapping[str, Tensor],
+    replaced: dict[str, Tensor],
+    name: str,
+    rows: Tensor,
+    values: Tensor,
+) -> None:
+    """New token rows in an embedding's table and in every output layer tied to it."""
+    made: dict[int, Tensor] = {}
+    for other, tensor in own.items():
+        if tensor is own[name]:
+            table = replaced.get(other, tensor)
+            if id(table) not in made:
+                copied = table.detach().clone()
+                copied[rows.to(copied.device)] = values.to(copied)
+                made[id(table)] = copied
+            replaced[other] = made[id(table)]
 
 
-def _put(owners: dict[str, nn.Module], full_name: str, tensor: Tensor) -> Tensor:
-    """Replaces a parameter or buffer of one module and gives back the one it had.
+def _put_all(model: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replaces parameters and buffers, and gives back those that were there.
 
-    The table's entry is replaced, not the parameter's data: another module tied to the same
-    parameter keeps the base's values.
+    The modules' entries are replaced, not the parameters' data: what is tied to a replaced
+    parameter keeps the base's values. Entries given the same tensor become tied.
     """
-    owner, key = _place(owners, full_name)
-    old = owner._parameters.get(key)
-    if old is not None:
-        owner._parameters[key] = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        return old
-    buffer = owner._buffers[key]
-    owner._buffers[key] = tensor
-    return buffer  # type: ignore[return-value]
+    owners = dict(model.named_modules(remove_duplicate=False))
+    parameters: dict[int, nn.Parameter] = {}
+    kept: dict[str, Tensor] = {}
+    for full_name, tensor in changed.items():
+        path, _, key = full_name.rpartition(".")
+        table = _table(owners[path], key)
+        kept[full_name] = old = table[key]
+        if isinstance(old, nn.Parameter):
+            made = nn.Parameter(tensor, requires_grad=old.requires_grad)
+            table[key] = parameters.setdefault(id(tensor), made)
+        else:
+            table[key] = tensor
+    return kept
 
 
-def _declare_untied(twin: nn.Module, changed: dict[str, Tensor]) -> None:
+def _table(owner: nn.Module, key: str) -> dict[str, Any]:
+    return owner._parameters if key in owner._parameters else owner._buffers
+
+
+def _declare_untied(twin: nn.Module) -> None:
     """Tells transformers that a tie is cut, so that saving and loading keep both sides."""
     config = getattr(twin, "config", None)
-    tied = getattr(twin, "_tied_weights_keys", None) or ()
-    pairs = dict(tied).items() if isinstance(tied, dict) else [(key, key) for key in tied]
-    touched = {name for pair in pairs for name in pair} & set(changed)
-    if config is not None and touched and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    tied = getattr(twin, "_tied_weights_keys", None)
+    own = plain_tensors(twin)
+    pairs = tied.items() if isinstance(tied, dict) else ()
+    if any(a in own and b in own and own[a] is not own[b] for a, b in pairs):
+        cast(Any, config).tie_word_embeddings = False
 
 
 def _measure(

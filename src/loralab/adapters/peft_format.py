@@ -89,7 +89,9 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
         tensors[f"{name}.lora_magnitude_vector"] = magnitude
     for name, (_, rows) in adapter.token_rows.items():
         tensors[name + TOKENS] = rows
-    tensors.update(adapter.extra)
+    for name, tensor in adapter.extra.items():
+        module, _, last = name.rpartition(".")
+        tensors[f"{module}.base_layer.{last}" if module in adapter.pairs else name] = tensor
     return {PREFIX + name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
@@ -213,6 +215,7 @@ def _assemble(
     parts: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "magnitude": {}}
     embeddings: set[str] = set()
     extra: dict[str, Tensor] = {}
+    repeated: dict[str, Tensor] = {}
     rows: dict[str, tuple[Tensor, Tensor]] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
@@ -231,8 +234,10 @@ def _assemble(
         elif name.endswith(TOKENS):
             module = name.removesuffix(TOKENS)
             rows[module] = (_row_numbers(config, module), tensor)
+        elif name.endswith(".base_layer.weight"):
+            repeated[name.replace(".base_layer.", ".")] = tensor
         else:
-            extra[name] = tensor
+            extra[name.replace(".base_layer.", ".")] = tensor
     _check_finite(tensors, faults)
     pairs, kinds = _pair_up(config, parts, embeddings, faults)
     whole = _whole_modules(config, extra, faults)
@@ -249,10 +254,11 @@ def _assemble(
         config=config,
         pairs=pairs,
         extra=extra,
-        magnitudes=parts["magnitude"],
+        magnitudes={name: value.reshape(-1) for name, value in parts["magnitude"].items()},
         token_rows=rows,
         layers=kinds,
         whole_modules=whole,
+        repeated=repeated,
         base=_base(metadata, faults),
         facts=facts,
     )
@@ -322,10 +328,11 @@ def _whole_modules(
 
 
 def _owner(tensor: str, suffixes: Iterable[str]) -> str | None:
+    """The module that the tensor is of; PEFT's suffixes need not start at a dot."""
     parts = tensor.split(".")[:-1]
     for end in range(1, len(parts) + 1):
         path = ".".join(parts[:end])
-        if any(path == suffix or path.endswith("." + suffix) for suffix in suffixes):
+        if any(path.endswith(suffix) for suffix in suffixes):
             return path
     return None
 

@@ -46,6 +46,7 @@ def install(
         *_faults_of_whole(adapter, modules),
         *_faults_of_rows(adapter, modules),
         *_faults_of_biases(biases, modules),
+        *_faults_of_repeated(adapter, modules),
     ]
     if faults:
         shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
@@ -108,6 +109,20 @@ def _faults_of_biases(biases: dict[str, Tensor], modules: dict[str, nn.Module]) 
             faults.append(f"{path}.bias: the model has no such tensor")
         elif own.shape != bias.shape:
             faults.append(f"{path}.bias: {tuple(bias.shape)}, the model's is {tuple(own.shape)}")
+    return faults
+
+
+def _faults_of_repeated(adapter: Adapter, modules: dict[str, nn.Module]) -> list[str]:
+    """Base tensors in the file that are not the model's: it was resized or trained whole."""
+    faults = []
+    for name, tensor in adapter.repeated.items():
+        path, _, last = name.rpartition(".")
+        own = modules[path]._parameters.get(last) if path in modules else None
+        if own is None or own.shape != tensor.shape:
+            shape = None if own is None else tuple(own.shape)
+            faults.append(f"{name}: {tuple(tensor.shape)}, the model's is {shape}")
+        elif not torch.equal(own.to(torch.bfloat16), tensor.to(own.device, torch.bfloat16)):
+            faults.append(f"{name}: the file holds other values than the model; train it whole")
     return faults
 
 

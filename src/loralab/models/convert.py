@@ -9,6 +9,7 @@ cached folder (540 MB) holds exactly the model that the GGUF file is, and `dtype
 
 import errno
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from loralab.catalogue import ENTRIES, cache_folder, fetch
 from loralab.errors import ModelError
 from loralab.files import cannot_write, replacing, write_json
+
+logger = logging.getLogger("loralab")
 
 _FORMAT = 1  # raise it when the conversion changes, so that old folders are left aside
 _SIZES = "sizes.json"
@@ -64,6 +67,7 @@ def converted_folder(name: str) -> Path:
                 f".{folder.name}.*"
             ):  # of a process that was killed
                 shutil.rmtree(left_over, ignore_errors=True)
+            logger.info("converting %s for transformers; this happens once", name)
             convert(source, folder)
     return folder
 
@@ -71,13 +75,7 @@ def converted_folder(name: str) -> Path:
 def convert(source: Path, folder: Path) -> None:
     """Writes GGUF file `source` (Llama architecture, byte-level BPE) as a transformers folder."""
     reader = GGUFReader(source)
-    facts = {key: field.contents() for key, field in reader.fields.items()}
-    if facts.get("general.architecture") != "llama" or facts.get("tokenizer.ggml.model") != "gpt2":
-        raise ModelError(
-            f"{source} holds the architecture {facts.get('general.architecture')} with a "
-            f"{facts.get('tokenizer.ggml.model')} tokenizer; only llama with gpt2 is converted",
-            "give a folder that transformers has saved.",
-        )
+    facts = _checked_facts(reader, source)
     tensors = _tensors(reader, facts)
     with replacing(folder) as aside:
         aside.mkdir()
@@ -88,6 +86,18 @@ def convert(source: Path, folder: Path) -> None:
         (aside / "chat_template.jinja").write_text(facts["tokenizer.chat_template"], "utf-8")
         sizes = {file.name: file.stat().st_size for file in aside.iterdir()}
         write_json(aside / _SIZES, sizes)
+
+
+def _checked_facts(reader: GGUFReader, source: Path) -> dict[str, Any]:
+    """The file's key-value pairs; `ModelError` where they tell of another architecture."""
+    facts = {key: field.contents() for key, field in reader.fields.items()}
+    if facts.get("general.architecture") != "llama" or facts.get("tokenizer.ggml.model") != "gpt2":
+        raise ModelError(
+            f"{source} holds the architecture {facts.get('general.architecture')} with a "
+            f"{facts.get('tokenizer.ggml.model')} tokenizer; only llama with gpt2 is converted",
+            "give a folder that transformers has saved.",
+        )
+    return facts
 
 
 def _is_whole(folder: Path) -> bool:

@@ -33,7 +33,7 @@ def comparison_of(
     comparison = build_comparison(
         [_result(entrant) for entrant in entrants],
         _test_set(config, bench, entrants[0].runs[0]),
-        data_facts=bench.dataset.facts,
+        data_facts=bench.facts,
         settings=config.model_dump(exclude_none=True),
         base_bytes=parameters * BYTES_PER_PARAMETER[config.model.dtype],
         storage_tasks=config.compare.storage_tasks,

@@ -64,7 +64,7 @@ def train(
         folder,
         config,
         {
-            "data": bench.dataset.facts,
+            "data": bench.facts,
             "label_names": list(bench.dataset.label_names),
             "trainable_parameters": trained,
             "total_parameters": total,
@@ -88,7 +88,7 @@ def resume(
         listen(Note(f"{folder} is finished already"))
         return run
     bench = workbench or open_workbench(run.config, listen)
-    if bench.dataset.facts != run.manifest["data"]:
+    if bench.facts != run.manifest["data"]:
         raise RunError(
             f"{folder}: the data have changed since the run was started",
             "put the files back as they were, or start a new run.",

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from loralab.config import RunConfig
-from loralab.data import Dataset, Encoded, encode, load_dataset
+from loralab.data import Dataset, Encoded, encode, encoding_facts, load_dataset
 from loralab.events import Listener, Note, Phase
 from loralab.models import load_model, load_tokenizer
 from loralab.training import Trainable, prepare, stream_seed
@@ -27,6 +28,12 @@ class Workbench:
     def rows(self) -> dict[str, list[Encoded]]:
         """Encoded rows by split."""
         return {split: self.encode(getattr(self.dataset, split)) for split in SPLITS}
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What a report states of the rows: sources, counts, what was left out, what was cut."""
+        tokens = {split: encoding_facts(self.rows[split]) for split in SPLITS}
+        return {**self.dataset.facts, "tokens": tokens}
 
     def encode(self, examples: tuple) -> list[Encoded]:
         """Examples as this run's model reads them."""

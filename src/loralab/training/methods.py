@@ -112,7 +112,7 @@ def prepare(
 def _attach(
     model: nn.Module, method: MethodSection, training: TrainingSection, head: str | None
 ) -> dict[str, nn.Parameter]:
-    whole = dict.fromkeys([*([head] if head else []), *method.whole_modules])
+    heads = [head] if head and head not in method.whole_modules else []
     config = LoRAConfig(
         rank=method.rank,
         alpha=method.alpha,
@@ -121,7 +121,7 @@ def _attach(
         dropout=method.dropout,
         scaling=method.scaling,
         init=method.init,
-        whole_modules=tuple(whole),
+        whole_modules=(*heads, *method.whole_modules),
     )
     attach(model, config, name=ADAPTER_NAME, seed=stream_seed(training.seed, "initialisation"))
     return adapter_parameters(model, ADAPTER_NAME)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loralab.data import Encoded
+from loralab.training.attention import training_attention
 from loralab.training.forward import Forward, num_targets
 from loralab.training.methods import Trainable
 from loralab.training.non_finite import blame
@@ -76,8 +77,10 @@ class Stepper:
         return set(self._unreached)
 
     def _backward(self, piece: Sequence[Encoded], total: int) -> Tensor:
-        nll = self._forward(piece).nll_sum() / total
-        nll.backward()
+        # around backward too: activation checkpointing computes the forward again there
+        with training_attention(self._trainable.model, max(len(row.input_ids) for row in piece)):
+            nll = self._forward(piece).nll_sum() / total
+            nll.backward()
         return nll.detach().float()
 
     def _note_gradients(self) -> None:
