@@ -124,7 +124,7 @@ class Rows(nn.Module):
             return weight * torch.zeros_like(y).index_add(-1, self.indices, logits)
         order = self.indices.argsort()
         sorted_indices = self.indices[order]
-        place = torch.searchsorted(sorted_indices, x).clamp_max(len(order) - 1)
+        place = torch.searchsorted(sorted_indices, x.contiguous()).clamp_max(len(order) - 1)
         hit = sorted_indices[place] == x
         return weight * torch.where(hit[..., None], change[order][place], torch.zeros_like(y))
 
