@@ -380,10 +380,6 @@ SPECIAL = {
     "biases": (gpt2, {"biases": "all"}),
     "new tokens": (llama, {"token_rows": {"embed_tokens": [3, 60]}}),
     "tied new tokens": (lambda: llama(tied=True), {"token_rows": {"embed_tokens": [3, 60]}}),
-    "tied, new tokens and a pair": (
-        lambda: llama(tied=True),
-        {"token_rows": {"embed_tokens": [3, 60]}, "targets": ("embed_tokens",)},
-    ),
     "moved base": (llama, {"init": "pissa"}),
     "packed attention": (Attention, {}),
 }
