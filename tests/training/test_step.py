@@ -59,7 +59,7 @@ def test_short_rows_in_half_precision_use_another_attention_with_the_same_result
     step = repeatable_step(ready("lora", model=model), labelled_rows(6))
     same = repeatable_step(ready("lora", model=llama(dtype="float32")), labelled_rows(6))
     assert step().loss == pytest.approx(same().loss, rel=0.02)
-    assert seen == ["eager"]
+    assert set(seen) == {"eager"}
     assert model.config._attn_implementation == "sdpa"
 
 
