@@ -63,10 +63,8 @@ def converted_folder(name: str) -> Path:
     source = fetch(name) / entry.main
     with _locked(folder):
         if not _is_whole(folder):
-            for left_over in folder.parent.glob(
-                f".{folder.name}.*"
-            ):  # of a process that was killed
-                shutil.rmtree(left_over, ignore_errors=True)
+            for half in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed
+                shutil.rmtree(half, ignore_errors=True)
             logger.info("converting %s for transformers; this happens once", name)
             convert(source, folder)
     return folder
