@@ -255,11 +255,13 @@ def test_storage_and_parameter_efficiency():
 
 def test_all_faults_of_the_results_come_at_once():
     short = SeedPredictions(0, np.zeros(3, dtype=int), np.zeros(3))
-    results = (method("lora", seeds=(short,)), method("lora"))
+    stray = dataclasses.replace(run(1, 1.0), predictions=np.full(ROWS, 2))
+    results = (method("lora", seeds=(short,)), method("lora", seeds=(stray, run(0, 1.0))))
     with pytest.raises(DataError) as error:
         build_comparison(results, TEST, **SETTINGS)
     text = str(error.value)
     assert "at least two methods, each with its own name" in text
     assert "lora, seed 0: 3 predictions and 3 log-likelihoods for 600 test rows" in text
+    assert "lora, seed 1: a prediction is none of the 2 labels" in text
     assert "lora: one seed says nothing of the spread between seeds" in text
     assert "Next: run each method with at least two seeds" in text

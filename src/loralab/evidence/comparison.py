@@ -69,6 +69,8 @@ def build_comparison(
         "verdict": write_verdict(standing),
         "steps": max(result.steps for result in results),
         "data": {
+            "rows": {"test": len(test.ids)},
+            "documents": {"test": test.num_documents},
             **data_facts,
             "test_rows": len(test.ids),
             "test_documents": test.num_documents,
@@ -104,6 +106,13 @@ def _check(results: Sequence[MethodResult], test: TestSet) -> None:
             for run in result.seeds
             if len(run.predictions) != num_rows or len(run.nll) != num_rows
         ]
+        if test.label_names is not None:
+            faults += [
+                f"{result.method}, seed {run.seed}: a prediction is none of the"
+                f" {len(test.label_names)} labels"
+                for run in result.seeds
+                if not np.isin(run.predictions, np.arange(len(test.label_names))).all()
+            ]
         if len(result.seeds) == 1:
             faults.append(f"{result.method}: one seed says nothing of the spread between seeds")
     if faults:
