@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from loralab.reports.blocks import Swatch
 from loralab.reports.formats import finite
+from loralab.reports.series import LOG_RATIO
 
 Spec = dict[str, Any]
 CostKind = Literal["count", "bytes", "seconds"]
@@ -48,8 +49,6 @@ _COST_LABELS = {
         "format(datum.value, '.3~r') + ' s'"
     ),
 }
-_LOG_RATIO = 5  # an axis whose values span more than this ratio is logarithmic
-_MAX_POINTS = 200  # a line in a chart is thinned to about so many points
 
 
 def swatches(methods: Iterable[str]) -> dict[str, Swatch]:
@@ -247,7 +246,7 @@ def cost_chart(
     `quality_text`. `cost_kind` decides how the axis is written.
     """
     costs = [cost for row in rows if (cost := finite(row["cost"])) is not None]
-    logarithmic = bool(costs) and min(costs) > 0 and max(costs) > _LOG_RATIO * min(costs)
+    logarithmic = bool(costs) and min(costs) > 0 and max(costs) > LOG_RATIO * min(costs)
     x = {
         "field": "cost",
         "type": "quantitative",
@@ -305,49 +304,6 @@ def cost_chart(
     )
 
 
-def smooth(losses: Sequence[Sequence[Any]], span: int) -> list[tuple[int, float]]:
-    """Exponential average of (step, loss) over about `span` points, without start-up bias.
-
-    Values that are not finite are left out. Thinned to what a chart can show.
-    """
-    decay = 1 - 2 / (span + 1)
-    mean, weight = 0.0, 0.0
-    smoothed = []
-    for step, loss in losses:
-        if finite(loss) is None:
-            continue
-        mean = decay * mean + (1 - decay) * loss
-        weight = decay * weight + (1 - decay)
-        smoothed.append((int(step), mean / weight))
-    return thin(smoothed)
-
-
-def smoothing_span(num_points: int) -> int:
-    """How many points a training loss is averaged over: a twentieth of them, 1 to 100."""
-    return max(1, min(100, num_points // 20))
-
-
-def thin(points: Sequence[Any]) -> list[Any]:
-    """Every k-th point and the last, about `_MAX_POINTS` of them."""
-    stride = max(1, math.ceil(len(points) / _MAX_POINTS))
-    kept = list(points[::stride])
-    if points and kept[-1] is not points[-1]:
-        kept.append(points[-1])
-    return kept
-
-
-def padded_range(values: Iterable[Any]) -> list[float]:
-    """Smallest and largest of the finite values with a margin of 6 %; [0, 1] without any."""
-    known = [figure for value in values if (figure := finite(value)) is not None]
-    if not known:
-        return [0.0, 1.0]
-    low, high = min(known), max(known)
-    if low > 0 and high > _LOG_RATIO * low:
-        return [low / 1.15, high * 1.15]
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    return [low - margin, high + margin]
-
-
 def _binary_ticks(sizes: Sequence[int | float], logarithmic: bool) -> Spec:
     """Axis values at round binary sizes; nothing where Vega's own will do."""
     if not sizes or max(sizes) <= 0:
@@ -365,7 +321,7 @@ def _binary_ticks(sizes: Sequence[int | float], logarithmic: bool) -> Spec:
 
 def _scale(domain: Sequence[float]) -> Spec:
     low, high = domain
-    kind = "log" if low > 0 and high > _LOG_RATIO * low else "linear"
+    kind = "log" if low > 0 and high > LOG_RATIO * low else "linear"
     return {"type": kind, "domain": [low, high], "nice": False, "zero": False}
 
 
@@ -391,7 +347,7 @@ def _spec(description: str, rows: Sequence[Mapping[str, Any]] | None, **view: An
 
 
 _CONFIG: Spec = {
-    "background": None,
+    "background": "transparent",
     "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif",
     "view": {"stroke": None},
     "padding": 2,

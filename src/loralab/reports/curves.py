@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from loralab.reports import charts, formats
+from loralab.reports import charts, formats, series
 from loralab.reports.blocks import Cell, Column, Figure, FigureGrid, Section, Swatch, Table
 from loralab.reports.parts import interval, share_cell
 
@@ -27,7 +27,7 @@ def learning_rate_section(methods: Sequence[Row], styles: Styles, settings: Row)
     swept = {method: points for method, points in swept.items() if points}
     if not swept:
         return None
-    domain = charts.padded_range(p["loss"] for points in swept.values() for p in points)
+    domain = series.padded_range(p["loss"] for points in swept.values() for p in points)
     figures = tuple(
         Figure(
             f"rates-{index}",
@@ -64,9 +64,11 @@ def learning_rate_section(methods: Sequence[Row], styles: Styles, settings: Row)
         ),
         wide=False,
     )
+    caption = "The ring marks the best rate of each method. All panels share the loss axis."
+    if any(p["extended"] for points in swept.values() for p in points):
+        caption += " Hollow points were added because the best lay on an edge of the grid."
     grid = FigureGrid(
-        "The ring marks the best rate of each method; hollow points were added because the best "
-        "lay on an edge of the grid. All panels share the loss axis.",
+        caption,
         figures,
         (table,),
     )
@@ -93,7 +95,7 @@ def loss_section(
         return None
     lines = {method: [_run_lines(run) for run in runs] for method, runs in chosen.items()}
     every = [row["loss"] for runs in lines.values() for part in runs for row in part[0] + part[1]]
-    domain = charts.padded_range(every)
+    domain = series.padded_range(every)
     figures = tuple(
         Figure(
             f"loss-{index}",
@@ -130,9 +132,11 @@ def loss_section(
         rows,
     )
     spans = {
-        charts.smoothing_span(len(run.get("train") or ())) for r in chosen.values() for run in r
+        series.smoothing_span(len(run.get("train") or ())) for r in chosen.values() for run in r
     }
-    average = f"an exponential average over about {max(spans)} steps" if max(spans) > 1 else "as is"
+    average = (
+        f"an exponential average over about {max(spans)} points" if max(spans) > 1 else "as is"
+    )
     grid = FigureGrid(
         f"Thin lines: training loss ({average}), one a seed. Thick lines with points: validation "
         "loss. All panels share the loss axis.",
@@ -217,7 +221,7 @@ def _rate_remarks(point: Row) -> list[str]:
 def _run_lines(run: Row) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     name = str(run.get("run") or f"seed {run.get('seed')}")
     train = run.get("train") or ()
-    smoothed = charts.smooth(train, charts.smoothing_span(len(train)))
+    smoothed = series.smooth(train, series.smoothing_span(len(train)))
     validation = [
         (int(step), loss)
         for step, loss in run.get("validation") or ()
@@ -227,7 +231,7 @@ def _run_lines(run: Row) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         [{"run": name, "step": step, "loss": round(loss, 5)} for step, loss in smoothed],
         [
             {"run": name, "step": step, "loss": round(loss, 5)}
-            for step, loss in charts.thin(validation)
+            for step, loss in series.thin(validation)
         ],
     )
 

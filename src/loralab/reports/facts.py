@@ -35,6 +35,8 @@ def data_section(report: Row) -> Section | None:
     rest = {
         key: value for key, value in data.items() if key not in shown and value not in (None, [])
     }
+    if report.get("order_hash"):
+        rest["order of batches"] = report["order_hash"]
     if rest:
         blocks.append(
             Facts(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loralab.reports import charts, formats
+from loralab.reports import charts, formats, series
 from loralab.reports.blocks import (
     Block,
     Cell,
@@ -166,20 +166,20 @@ def _curve_section(run: Row) -> Section | None:
 def _loss_figure(
     train: Sequence[Any], validation: Sequence[Any], style: Swatch, best_step: Any
 ) -> tuple[charts.Spec, Table, str]:
-    span = charts.smoothing_span(len(train))
+    span = series.smoothing_span(len(train))
     smoothed = [
         {"run": style.label, "step": step, "loss": round(loss, 5)}
-        for step, loss in charts.smooth(train, span)
+        for step, loss in series.smooth(train, span)
     ]
     scored = [
         {"run": style.label, "step": step, "loss": loss}
         for step, loss, *_ in validation
         if formats.finite(loss) is not None
     ]
-    domain = charts.padded_range(row["loss"] for row in smoothed + scored)
+    domain = series.padded_range(row["loss"] for row in smoothed + scored)
     description = "Training and validation loss against the step"
     spec = charts.loss_chart(smoothed, scored, style, domain, description)
-    averaged = f", averaged over about {span} steps" if span > 1 else ""
+    averaged = f", averaged over about {span} points" if span > 1 else ""
     caption = f"Thin line: training loss{averaged}. Thick line with points: validation loss."
     last = formats.number(smoothed[-1]["loss"] if smoothed else None, 4)
     return spec, _validation_table(validation, best_step, last), caption
@@ -190,8 +190,8 @@ def _schedule_figure(
 ) -> tuple[charts.Spec, Table]:
     rows = [
         {"group": group, "step": step, "rate": rate}
-        for group, series in rates.items()
-        for step, rate in charts.thin(series)
+        for group, line in rates.items()
+        for step, rate in series.thin(line)
     ]
     spec = charts.schedule_chart(rows, styles, "Learning rate against the step")
     table = Table(
@@ -200,10 +200,10 @@ def _schedule_figure(
         tuple(
             (
                 Cell(group),
-                Cell(formats.rate(max((rate for _, rate in series), default=None))),
-                Cell(formats.rate(series[-1][1] if series else None)),
+                Cell(formats.rate(max((rate for _, rate in line), default=None))),
+                Cell(formats.rate(line[-1][1] if line else None)),
             )
-            for group, series in rates.items()
+            for group, line in rates.items()
         ),
         wide=False,
     )
