@@ -36,7 +36,7 @@ def run_report(run: Run) -> dict[str, Any]:
         "learning_rates": {
             role: [[row["step"], row["learning_rates"][role]] for row in steps] for role in roles
         },
-        "confusion_matrix": last.get("confusion_matrix"),
+        "confusion": last.get("confusion"),
         "per_class": last.get("per_class"),
         "label_names": run.manifest["label_names"],
         "findings": run.manifest["findings"],
