@@ -8,7 +8,7 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
 
     Without re-entrant autograd, which would lose the gradient where a block's input needs none.
     """
-    # transformers 5.23 renamed it, and warns on the old name.
+    # Newer transformers renamed it, and warn on the old name.
     name = "activation_checkpointing_enable"
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
