@@ -35,4 +35,9 @@ def test_an_axis_has_room_around_its_values(values: list[float | None]) -> None:
     low, high = series.padded_range(values)
     known = [value for value in values if value is not None] or [0.5]
     assert low < min(known) <= max(known) < high
-    assert low > 0 or min(known) < 0.05  # a logarithmic axis stays positive
+
+
+def test_a_logarithmic_axis_stays_positive() -> None:
+    low, high = series.padded_range([0.01, 9.0])
+    assert 0 < low < 0.01
+    assert high > 9.0
