@@ -11,6 +11,7 @@ from loralab.adapters.peft_format import content_hash, read_adapter, write_adapt
 from loralab.adapters.routes import carry
 from loralab.adapters.saving import install, load_adapter, save_adapter
 from loralab.adapters.settings import LoRAConfig
+from loralab.adapters.streaming_merge import merge_checkpoint
 from loralab.adapters.using import hosted, use
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "install",
     "load_adapter",
     "merge",
+    "merge_checkpoint",
     "merge_in_place",
     "read_adapter",
     "restore",

@@ -50,6 +50,10 @@ class Change:
         magnitude = None if self.magnitude is None else self.magnitude[start:stop]
         return Change(self.A, self.B[start:stop], self.scale, magnitude=magnitude)
 
+    def columns(self, start: int, stop: int) -> "Change":
+        """The change of the columns `start:stop` alone. Not for groups, nor for DoRA."""
+        return Change(self.A[:, start:stop], self.B, self.scale)
+
 
 def change_at(adapter: Adapter, module: str, device: torch.device | str = "cpu") -> Change:
     """The change that the adapter makes at a module."""

@@ -1,0 +1,222 @@
+"""Merging a checkpoint on disk, block by block: the model never is in memory.
+
+The base's files are copied as they are, headers included, and the bytes of changed tensors are then
+written over in the copy.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters.adapter import Adapter
+from loralab.adapters.certificate import LIMIT, MergeCertificate, check_limit
+from loralab.adapters.checkpoint_files import (
+    DTYPES,
+    Entry,
+    hash_entries,
+    mapped,
+    read_entries,
+    view,
+)
+from loralab.adapters.layers import path_of
+from loralab.adapters.merge import CERTIFICATE_FILE, model_card
+from loralab.adapters.merging import Change, WeightError, change_at, weight_error, weight_name
+from loralab.adapters.mixing import some
+from loralab.adapters.peft_format import content_hash, read_adapter
+from loralab.errors import AdapterError, ModelError, OutputError
+from loralab.files import replacing, write_json, write_text
+
+BLOCK_ELEMENTS = 1 << 24  # of a weight that are merged at once: 64 MiB in fp32
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def merge_checkpoint(
+    base_folder: str | Path,
+    adapter_folder: str | Path,
+    out_folder: str | Path,
+    *,
+    limit: float | None = None,
+    force: bool = False,
+) -> MergeCertificate:
+    """Merges an adapter's folder into a (sharded) safetensors checkpoint: a new folder.
+
+    Memory stays below the largest shard plus 1 GiB, whatever the model's size. Each weight is
+    `W + delta` in fp32, rounded once to the file's dtype. The new folder holds everything else of
+    the base's folder (config, tokenizer), a model card and the certificate; it appears whole or not
+    at all. Raises `ModelError` for a folder that is no such checkpoint, `AdapterError` for an
+    adapter that does not fit it (all faults at once) or would lose more than `limit` of its effect
+    (unless `force`), `OutputError` for a place that is taken.
+    """
+    base, out = Path(base_folder), Path(out_folder)
+    if out.exists():
+        raise OutputError(f"{out} exists already", "choose another folder.")
+    adapter = read_adapter(adapter_folder)
+    entries = read_entries(base)
+    weights = _fit(adapter, _skeleton(base), entries)
+    with replacing(out) as aside:
+        _copy(base, aside)
+        found = WeightError()
+        for weight in weights:
+            with mapped(aside / entries[weight.name].file) as buffer:
+                found += _merge(buffer, entries[weight.name], weight)
+        for name, tensor in adapter.extra.items():
+            with mapped(aside / entries[name].file) as buffer:
+                view(buffer, entries[name]).copy_(tensor)
+        for path, (rows, values) in adapter.token_rows.items():
+            entry = entries[f"{path}.weight"]
+            with mapped(aside / entry.file) as buffer:
+                table = view(buffer, entry)
+                table[rows] = values.to(table.dtype)
+                del table
+        certificate = _certificate(base, adapter, entries, weights, found, limit, force)
+        check_limit(certificate, str(adapter_folder))
+        write_json(aside / CERTIFICATE_FILE, certificate.to_dict())
+        write_text(aside / "README.md", model_card(certificate))
+    return certificate
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """One weight that changes. direct: its first dimension holds the outputs."""
+
+    name: str
+    change: Change
+    direct: bool
+
+    def blocks(self, shape: tuple[int, ...]) -> Iterator[tuple[slice, Change]]:
+        """Ranges of the weight's first dimension with the change of each."""
+        elements = max(1, torch.Size(shape[1:]).numel())
+        height = max(1, BLOCK_ELEMENTS // elements)
+        if not self.direct and self.change.magnitude is not None:
+            height = shape[0]  # the norm of an output goes over all of it
+        if self.direct and self.change.groups > 1:
+            for rows, pair in self.change.by_group(shape[0]):
+                magnitude = self.change.magnitude
+                magnitude = None if magnitude is None else magnitude[rows]
+                yield rows, Change(pair.A, pair.B, self.change.scale, magnitude=magnitude)
+            return
+        for start in range(0, shape[0], height):
+            stop = min(start + height, shape[0])
+            whole = stop - start == shape[0]
+            part = self.change.rows if self.direct else self.change.columns
+            yield slice(start, stop), self.change if whole else part(start, stop)
+
+
+def _merge(buffer: object, entry: Entry, weight: _Weight) -> WeightError:
+    """Writes the merged weight over the base's, and measures it."""
+    found = WeightError()
+    values = view(buffer, entry).flatten(1)  # pyright: ignore[reportArgumentType]
+    for rows, change in weight.blocks(entry.shape):
+        old = values[rows].clone()
+        total = old.to(torch.promote_types(old.dtype, torch.float32), copy=True)
+        change.add_to(_oriented(total, weight))
+        values[rows] = total.to(old.dtype)
+        found += weight_error(_oriented(old, weight), _oriented(values[rows], weight), change)
+    return found
+
+
+def _oriented(values: Tensor, weight: _Weight) -> Tensor:
+    return values if weight.direct else values.mT
+
+
+def _skeleton(base: Path) -> nn.Module:
+    """The model that the folder's config names, on the meta device: modules without weights."""
+    import transformers  # slow to import
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(base)
+        name = (config.architectures or ["AutoModel"])[0]
+        with torch.device("meta"):
+            return getattr(transformers, name)(config)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{base}: its config.json names no model that can be built ({error})",
+            "give a transformers folder.",
+        ) from None
+
+
+def _fit(adapter: Adapter, model: nn.Module, entries: Mapping[str, Entry]) -> list[_Weight]:
+    """The weights that change. Raises `AdapterError` that lists everything that does not fit."""
+    faults: list[str] = []
+    weights = []
+    modules = dict(model.named_modules())
+    named = list(model.named_parameters(remove_duplicate=False))
+    tied = {name for name, p in named if sum(p is other for _, other in named) > 1}
+    for path, (A, B) in adapter.pairs.items():
+        module = modules.get(path)
+        way = None if module is None else path_of(module)
+        if module is None or way is None:
+            faults.append(f"{path}: the model has no such module that can be adapted")
+            continue
+        name = f"{path}.{weight_name(module)}"
+        entry, shape = entries.get(name), (B.shape[0], A.shape[1])
+        if name in tied:
+            faults.append(f"{name} is tied to another weight, which would change with it")
+        elif entry is None or entry.dtype not in DTYPES:
+            faults.append(f"{name}: not in the checkpoint in a dtype that can be merged")
+        elif (
+            way.features(module) != shape
+            or entry.shape != module.get_parameter(name.rpartition(".")[2]).shape
+        ):
+            faults.append(f"{name}: delta of {shape}, weight of {entry.shape}")
+        else:
+            direct = way.matrix(module).stride(-1) == 1
+            weights.append(_Weight(name, change_at(adapter, path), direct))
+    faults += _faults_of_whole(adapter, entries)
+    if faults:
+        shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
+        raise AdapterError(
+            "\n  - ".join(["the adapter does not fit the checkpoint", *shown]),
+            "give the checkpoint it was trained on, or load the model as it was trained (with its"
+            " head) and use `loralab.merge`.",
+        )
+    return weights
+
+
+def _faults_of_whole(adapter: Adapter, entries: Mapping[str, Entry]) -> list[str]:
+    faults = []
+    for name, tensor in adapter.extra.items():
+        entry = entries.get(name)
+        if entry is None or entry.dtype not in DTYPES:
+            faults.append(f"{name}: the adapter's own tensor, of which the checkpoint has none")
+        elif entry.shape != tuple(tensor.shape):
+            faults.append(f"{name}: {tuple(tensor.shape)}, in the checkpoint {entry.shape}")
+    missing = [path for path in adapter.token_rows if f"{path}.weight" not in entries]
+    if missing:
+        faults.append(f"token rows of {some(missing)}: the checkpoint has no such embedding")
+    return faults
+
+
+def _copy(base: Path, out: Path) -> None:
+    """Everything of the base's folder but weights in other formats and hidden files."""
+    out.mkdir()
+    for file in sorted(base.iterdir()):
+        if file.is_file() and not file.name.startswith(".") and file.suffix not in OTHER_WEIGHTS:
+            shutil.copyfile(file, out / file.name)
+
+
+def _certificate(
+    base: Path,
+    adapter: Adapter,
+    entries: Mapping[str, Entry],
+    weights: list[_Weight],
+    found: WeightError,
+    limit: float | None,
+    force: bool,
+) -> MergeCertificate:
+    dtypes = {str(DTYPES[entries[weight.name].dtype]).removeprefix("torch.") for weight in weights}
+    wanted = LIMIT if limit is None else limit
+    return MergeCertificate(
+        dtype="+".join(sorted(dtypes)) or "none",
+        relative_error=found.relative,
+        unchanged_share=found.unchanged_share,
+        num_weights=found.num_weights,
+        base_sha256=hash_entries(base, entries),
+        adapter_sha256=content_hash(adapter),
+        limit=wanted,
+        forced=force and found.relative > wanted,
+    )
