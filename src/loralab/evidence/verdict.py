@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loralab.evidence.contest import Contest, Pair, find_pair
+from loralab.evidence.contest import Contest, find_pair
 
 
 @dataclass(frozen=True)
@@ -24,38 +24,30 @@ class Standing:
 
 def write_verdict(standing: Standing) -> str:
     """One sentence with rows, documents, seeds, steps, the difference and its interval."""
-    if not standing.contest.primary_pairs:
-        return f"No winner: {_listed(list(standing.open_ends.values()))}{_remains(standing)}."
-    ahead, behind = _leaders(standing)
+    contest = standing.contest
+    reasons = _listed(list(standing.open_ends.values()))
+    if not contest.primary_pairs:
+        return f"No winner: {reasons}{_remains(standing)}."
+    ahead, *others = _ranking(standing)
     if standing.winner:
-        pair = find_pair(standing.contest.primary_pairs, ahead, behind)
-        return (
-            f"{standing.winner} wins: {_setting(standing)}, {_lead(standing, pair, ahead, behind)}"
-            f"{_second_place(standing, behind)}{_secondary(standing, ahead)}"
-            f"{_constant(standing)}."
-        )
-    pair = find_pair(standing.contest.primary_pairs, ahead, behind)
+        clauses = f"{_lead(standing, ahead, others[0])}{_how_sure(standing)}"
+        clauses += _agreement(standing)
+        return f"{ahead} wins: {_setting(standing)}, {clauses}{_constant(standing)}."
+    # Against the best of those it did not beat: that is where the win was lost.
+    unbeaten = [other for other in others if not contest.beats(ahead, other)] or others
+    shown = f"{_setting(standing)}, {_lead(standing, ahead, unbeaten[0])}"
     if standing.open_ends:
-        reasons = _listed(list(standing.open_ends.values()))
-        return (
-            f"No winner, because {reasons}; {_setting(standing)},"
-            f" {_lead(standing, pair, ahead, behind)}{_smallest(standing, ahead)}"
-            f"{_constant(standing)}."
-        )
-    return (
-        f"No winner: {_setting(standing)}, {_lead(standing, pair, ahead, behind)}"
-        f"{_why_not(standing, ahead)}{_smallest(standing, ahead)}{_secondary(standing, None)}"
-        f"{_constant(standing)}."
-    )
+        shown = f"No winner, because {reasons}; {shown}"
+        return f"{shown}{_smallest(standing, ahead, unbeaten)}{_constant(standing)}."
+    beaten = [other for other in others if other not in unbeaten]
+    return f"No winner: {shown}{_why_not(standing, ahead, unbeaten, beaten)}{_constant(standing)}."
 
 
-def _leaders(standing: Standing) -> tuple[str, str]:
-    """The two best on the deciding measure; equals in the order they were given."""
+def _ranking(standing: Standing) -> list[str]:
+    """Best first on the deciding measure; equals in the order they were given."""
     if standing.contest.primary == "accuracy":
-        order = sorted(standing.accuracy, key=lambda method: -standing.accuracy[method])
-    else:
-        order = sorted(standing.nll, key=lambda method: standing.nll[method])
-    return order[0], order[1]
+        return sorted(standing.accuracy, key=lambda method: -standing.accuracy[method])
+    return sorted(standing.nll, key=lambda method: standing.nll[method])
 
 
 def _setting(standing: Standing) -> str:
@@ -70,82 +62,57 @@ def _setting(standing: Standing) -> str:
     )
 
 
-def _lead(standing: Standing, pair: Pair, ahead: str, behind: str) -> str:
-    difference = pair.difference
-    sign = 1 if pair.a == ahead else -1
-    low, high = sorted((sign * difference.low, sign * difference.high))
-    size = _size(standing, sign * difference.value)
+def _lead(standing: Standing, ahead: str, behind: str) -> str:
+    pair = find_pair(standing.contest.primary_pairs, ahead, behind)
+    sign = 1 if (pair.a == ahead) == (standing.contest.primary == "accuracy") else -1
+    low, high = sorted((sign * pair.difference.low, sign * pair.difference.high))
     interval = f"95 % interval {_number(standing, low)} to {_number(standing, high)}"
-    if difference.value == 0:
+    if pair.difference.value == 0:
         return f"{ahead} and {behind} are level in {_measure(standing)} ({interval})"
     verb = "is" if standing.winner else "was"
-    side = "above" if standing.contest.primary == "accuracy" else "from"
-    return f"{ahead} {verb} {size} {side} {behind} in {_measure(standing)} ({interval})"
+    size = _size(standing, pair.difference.value)
+    return f"{ahead} {verb} {size} ahead of {behind} in {_measure(standing)} ({interval})"
 
 
-def _second_place(standing: Standing, behind: str) -> str:
-    if len(standing.contest.methods) == 2:
-        pair = standing.contest.primary_pairs[0]
-        return f" (p = {pair.p:.2g})"
-    worst = max(
-        pair.p for pair in standing.contest.primary_pairs if standing.winner in (pair.a, pair.b)
-    )
-    return f", the next best, and better than every other (Holm-corrected p at most {worst:.2g})"
+def _how_sure(standing: Standing) -> str:
+    own = [p.p for p in standing.contest.primary_pairs if standing.winner in (p.a, p.b)]
+    if len(own) == 1:
+        return f" (p = {own[0]:.2g})"
+    return f", the next best, and better than every other (Holm-corrected p at most {max(own):.2g})"
 
 
-def _why_not(standing: Standing, ahead: str) -> str:
-    """Where the leader's lead is significant and yet no win."""
-    pairs = standing.contest.secondary_pairs
-    vetoes = [
-        method
-        for method in standing.contest.methods
-        if method != ahead and find_pair(pairs, ahead, method).better == method
+def _agreement(standing: Standing) -> str:
+    """Against whom the winner is better on the other measure too."""
+    agreed = [
+        pair.b if pair.a == standing.winner else pair.a
+        for pair in standing.contest.secondary_pairs
+        if pair.better == standing.winner
     ]
-    significant = all(
-        find_pair(standing.contest.primary_pairs, ahead, method).better == ahead
-        for method in standing.contest.methods
-        if method != ahead
-    )
-    if significant and vetoes:
-        return f", but significantly worse than {_listed(vetoes)} in {_other_measure(standing)}"
-    beaten = [
-        method
-        for method in standing.contest.methods
-        if method != ahead and standing.contest.beats(ahead, method)
-    ]
-    told = f", though {ahead} does beat {_listed(beaten)}" if beaten else ""
-    return f", too little to tell them apart{told}"
+    return f"; {_other_measure(standing)} agrees against {_listed(agreed)}" if agreed else ""
 
 
-def _smallest(standing: Standing, ahead: str) -> str:
-    """The lead that would have told the leader apart from those it did not beat."""
+def _why_not(standing: Standing, ahead: str, unbeaten: Sequence[str], beaten: Sequence[str]) -> str:
     contest = standing.contest
-    rivals = [m for m in contest.methods if m != ahead and not contest.beats(ahead, m)]
-    over = f" over {_listed(rivals)}" if len(rivals) < len(contest.methods) - 1 else ""
-    size = _size(standing, contest.detectable_lead(ahead, rivals))
+    in_doubt = [m for m in unbeaten if find_pair(contest.primary_pairs, ahead, m).better != ahead]
+    if not in_doubt:  # the other measure took the win away
+        return f", but significantly worse than {_listed(unbeaten)} in {_other_measure(standing)}"
+    told = f", though {ahead} does beat {_listed(beaten)}" if beaten else ""
+    best = [m for m in contest.methods if _leads_on_the_other_measure(contest, m)]
+    other = f"; in {_other_measure(standing)} {best[0]} is better than every other" if best else ""
+    return f", too little to tell them apart{told}{_smallest(standing, ahead, in_doubt)}{other}"
+
+
+def _leads_on_the_other_measure(contest: Contest, method: str) -> bool:
+    return all(
+        pair.better == method for pair in contest.secondary_pairs if method in (pair.a, pair.b)
+    )
+
+
+def _smallest(standing: Standing, ahead: str, rivals: Sequence[str]) -> str:
+    """The lead that would have told the leader apart from its rivals."""
+    over = f" over {_listed(rivals)}" if len(rivals) < len(standing.contest.methods) - 1 else ""
+    size = _size(standing, standing.contest.detectable_lead(ahead, rivals))
     return f"; the smallest lead{over} that would have shown in 80 % of repeats is {size}"
-
-
-def _secondary(standing: Standing, winner: str | None) -> str:
-    """What the other measure shows, where it shows anything."""
-    pairs = standing.contest.secondary_pairs
-    if winner:
-        agreed = [
-            method
-            for method in standing.contest.methods
-            if method != winner and find_pair(pairs, winner, method).better == winner
-        ]
-        return f"; {_other_measure(standing)} agrees against {_listed(agreed)}" if agreed else ""
-    best = [
-        one
-        for one in standing.contest.methods
-        if all(
-            find_pair(pairs, one, other).better == one
-            for other in standing.contest.methods
-            if other != one
-        )
-    ]
-    return f"; in {_other_measure(standing)} {best[0]} is better than every other" if best else ""
 
 
 def _constant(standing: Standing) -> str:
