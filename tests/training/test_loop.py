@@ -16,6 +16,7 @@ from tiny import causal_rows, labelled_rows, of_kind, ready, run
 from loralab.errors import DataError, Interrupted, OutputError, ResumeError, TrainingError
 from loralab.training import (
     CheckpointSaved,
+    Examined,
     Finished,
     StepDone,
     Trainable,
@@ -198,6 +199,23 @@ def test_ctrl_c_ends_after_a_whole_step_with_a_checkpoint(tmp_path: Path) -> Non
     events = run(parts, ROWS, VALIDATION, tmp_path / "parts")
     assert next(of_kind(events, StepDone)).step == 5
     assert_same(weights(whole), weights(parts))
+
+
+def test_ctrl_c_during_the_last_step_is_not_forgotten(tmp_path: Path) -> None:
+    def consume() -> None:
+        for event in fit(ready("lora", max_steps=3), ROWS, VALIDATION, tmp_path):
+            if isinstance(event, Validated):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="stopped after step 3 of 3"):
+        consume()
+    events = run(ready("lora", max_steps=3), ROWS, VALIDATION, tmp_path)
+    assert not list(of_kind(events, StepDone))
+
+
+def test_a_run_of_one_step_is_not_told_that_gradients_are_missing(tmp_path: Path) -> None:
+    events = run(ready("lora", max_steps=1), ROWS, VALIDATION, tmp_path)
+    assert not list(of_kind(events, Examined))
 
 
 @contextmanager

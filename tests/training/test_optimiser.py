@@ -76,6 +76,14 @@ def test_gradients_accumulate_in_fp32_and_the_model_holds_the_rounded_masters() 
     assert parameter.grad is not None  # the hooks are gone
 
 
+def test_a_dropped_optimiser_takes_no_more_gradients() -> None:
+    trainable = ready("full", model=llama(dtype="bfloat16"))
+    first = repeatable_step(trainable, ROWS)
+    first()
+    del first
+    assert repeatable_step(trainable, ROWS)().grad_norm > 0
+
+
 def test_state_goes_into_the_existing_tensors() -> None:
     source, target = ready("lora"), ready("lora")
     first = Optimiser(source.groups, source.training)

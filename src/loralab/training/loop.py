@@ -110,9 +110,8 @@ class _Run:
         self._best: dict[str, Tensor] = saved.best if saved else {}
         if saved and saved.state:
             self._restore(saved.state)
-        prefix = None
-        if not self.progress.finished:
-            prefix = build_prefix_cache(trainable, [*train_rows, *validation_rows])
+        rows = [] if self.progress.finished else [*train_rows, *validation_rows]
+        prefix = build_prefix_cache(trainable, rows)
         self._forward = Forward(
             trainable.model, trainable.task, route=trainable.route, prefix=prefix
         )
@@ -125,7 +124,7 @@ class _Run:
         for step in range(first, total + 1 if not self.progress.finished else first):
             yield self._step(step, next(batches))
             self.progress.step = step
-            if step == min(EXAMINED_STEPS, total) and first == 1:
+            if step == EXAMINED_STEPS and first == 1:
                 yield self._examine(step)
             if step in self._plan.validation_steps and self._validation_rows:
                 yield self._validate(step)
@@ -135,12 +134,8 @@ class _Run:
             if step == total:
                 break
             if self._interrupt.asked:
-                saved = self._save()
-                yield saved
-                raise Interrupted(
-                    f"stopped after step {step} of {total}; the state is safe in {saved.path}",
-                    "start the run again with --resume.",
-                )
+                yield self._save()
+                raise self._interrupted()
             if step % self._training.checkpoint_steps == 0:
                 yield self._save()
 
@@ -154,6 +149,8 @@ class _Run:
             progress.best_step = progress.best_step or progress.step
             self._best = self._best or _copies(self._optimiser.trained())
             self._save()
+        if self._interrupt.asked:
+            raise self._interrupted()
         best = next((v for v in progress.validations if v["step"] == progress.best_step), {})
         return Finished(
             step=progress.step,
@@ -227,6 +224,13 @@ class _Run:
             )
         )
         return CheckpointSaved(self.progress.step, path, time.perf_counter() - began)
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(
+            f"stopped after step {self.progress.step} of {self._plan.total_steps}; the state is "
+            f"safe in {self._checkpoints.folder}",
+            "start the run again with --resume.",
+        )
 
     def _restore(self, state: dict[str, Tensor]) -> None:
         prefix = "trained/"

@@ -7,6 +7,7 @@ of every half-precision parameter and the model gets its rounding. It costs 16 b
 the same as training in fp32. `training.master_weights = false` gives the pure kind.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,10 +33,13 @@ class Optimiser:
             name: _master(parameter, training.master_weights)
             for name, parameter in self._parameters.items()
         }
-        self._handles: list[RemovableHandle] = []
-        for name, parameter in self._parameters.items():
-            if self._masters[name] is not parameter:
-                self._handles.append(self._send_gradient_to_master(parameter, self._masters[name]))
+        handles = [
+            _send_gradient_to_master(parameter, self._masters[name])
+            for name, parameter in self._parameters.items()
+            if self._masters[name] is not parameter
+        ]
+        # An optimiser that is dropped unclosed must not go on taking the model's gradients.
+        self._unhook = weakref.finalize(self, _remove, handles)
         device = next(iter(self._masters.values())).device
         self._fused = training.fused and device.type in FUSED_DEVICES
         self._adamw = torch.optim.AdamW(
@@ -112,8 +116,7 @@ class Optimiser:
 
     def close(self) -> None:
         """Take the hooks off the model and drop the gradients."""
-        for handle in self._handles:
-            handle.remove()
+        self._unhook()
         self.clear()
 
     def _create_state(self) -> None:
@@ -132,18 +135,23 @@ class Optimiser:
                 if self._masters[name] is not parameter:
                     parameter.copy_(self._masters[name])
 
-    @staticmethod
-    def _send_gradient_to_master(parameter: nn.Parameter, master: Tensor) -> RemovableHandle:
-        def send(source: Tensor) -> None:
-            if source.grad is None:
-                return
-            if master.grad is None:
-                master.grad = source.grad.to(master.dtype)
-            else:
-                master.grad.add_(source.grad)
-            source.grad = None
 
-        return parameter.register_post_accumulate_grad_hook(send)
+def _send_gradient_to_master(parameter: nn.Parameter, master: Tensor) -> RemovableHandle:
+    def send(source: Tensor) -> None:
+        if source.grad is None:
+            return
+        if master.grad is None:
+            master.grad = source.grad.to(master.dtype)
+        else:
+            master.grad.add_(source.grad)
+        source.grad = None
+
+    return parameter.register_post_accumulate_grad_hook(send)
+
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _master(parameter: nn.Parameter, wanted: bool) -> Tensor:

@@ -90,7 +90,7 @@ class Stepper:
 
 
 def repeatable_step(trainable: Trainable, *batches: Sequence[Encoded]) -> Callable[[], Outcome]:
-    """A whole optimiser step at every call, on `batches` in turn, for meters of memory and time.
+    """A whole optimiser step at every call, on each of `batches` in turn, for meters.
 
     It changes the trained weights, and holds what a training holds between steps: the optimiser's
     state, and no gradients.
@@ -98,5 +98,10 @@ def repeatable_step(trainable: Trainable, *batches: Sequence[Encoded]) -> Callab
     optimiser = Optimiser(trainable.groups, trainable.training)
     forward = Forward(trainable.model, trainable.task, route=trainable.route)
     stepper = Stepper(trainable, optimiser, forward)
-    numbers, turn = itertools.count(1), itertools.cycle(batches)
-    return lambda: stepper.step(next(numbers), next(turn), 1.0)
+    turns = enumerate(itertools.cycle(batches), start=1)
+
+    def step() -> Outcome:
+        number, rows = next(turns)
+        return stepper.step(number, rows, 1.0)
+
+    return step
