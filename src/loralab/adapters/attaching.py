@@ -70,7 +70,7 @@ def attach(
         for path in pairs
     }
     copies = copies_of(modules, whole)
-    installer = Installer(model, config, name)
+    installer = Installer(model, config, name, modules)
     for path, start in drawn.items():
         _put_pair(installer, path, start)
     for path, copied in copies.items():

@@ -5,6 +5,7 @@ when the compiled code runs, and gives one weight for each row and each adapter 
 hosts; all of them are computed and weighted. Any route then runs the same code.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, cast
 from weakref import WeakValueDictionary
@@ -17,13 +18,15 @@ from loralab.adapters.layers import Path, path_of
 from loralab.adapters.routes import route_in_force
 from loralab.errors import RouteError
 
-_banks: "WeakValueDictionary[int, Any]" = WeakValueDictionary()
+_banks: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_numbers = itertools.count()
 
 
 def register(bank: Any) -> int:
     """A number under which compiled code finds the bank again."""
-    _banks[id(bank)] = bank
-    return id(bank)
+    number = next(_numbers)
+    _banks[number] = bank
+    return number
 
 
 @torch.library.custom_op("loralab::row_weights", mutates_args=())

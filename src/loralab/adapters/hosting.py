@@ -62,11 +62,11 @@ class Bank(nn.Module):
         super().__init__()
         self.host = host
         self.path = path  # the full name of the module, for messages
+        self.number = register(self)  # what compiled code knows this bank by
 
-    @property
-    def number(self) -> int:
-        """What compiled code knows this bank by."""
-        return register(self)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = register(self)  # a copy is another bank
 
     def get(self, name: str) -> Any:
         return self._modules.get(name)
@@ -131,12 +131,18 @@ def welcome(module: nn.Module, host: Host, path: str) -> Bank:
     """Makes a module host adapters (once) and gives its bank."""
     if isinstance(module, Adapted):
         return module.adapters
-    if ADAPTERS in module._modules or hasattr(module, ADAPTERS):
+    if (
+        ADAPTERS in module._modules
+        or ADAPTERS in module.__dict__
+        or hasattr(type(module), ADAPTERS)
+    ):
         raise AdapterError(
             f"module {path!r} has an attribute {ADAPTERS!r} of its own",
             "leave that module out with `exclude`.",
         )
-    module._modules[ADAPTERS] = Bank(host, path).train(module.training)
+    bank = Bank(host, path)
+    bank.training = module.training
+    module._modules[ADAPTERS] = bank
     _become(module, _adapted_class(type(module)))
     return cast(Adapted, module).adapters
 

@@ -43,8 +43,14 @@ def hosting(model: nn.Module, name: str) -> Host:
 class Installer:
     """Puts one adapter's parts on a model, module by module."""
 
-    def __init__(self, model: nn.Module, config: LoRAConfig, name: str) -> None:
-        self.modules = dict(walk(model))
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoRAConfig,
+        name: str,
+        modules: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.modules = dict(walk(model)) if modules is None else modules
         self.host = open_host(model)
         self.config, self.name = config, name
         self.host.configs[name] = config
@@ -101,7 +107,8 @@ class Installer:
 
     def _put(self, path: str, item: nn.Module) -> None:
         module = self.modules[path]
-        item.train(module.training)
+        if item.training != module.training:
+            item.train(module.training)
         parent_path, _, last = path.rpartition(".")
         parent = self.modules.get(parent_path)
         if last == "out_proj" and isinstance(parent, nn.MultiheadAttention):

@@ -33,19 +33,24 @@ class Pair(nn.Module):
         start: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.A = nn.Parameter(A)
-        self.B = nn.Parameter(B)
-        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
-        self.bias = None if bias is None else nn.Parameter(bias)
-        first = (None, None) if start is None else start
-        self.register_buffer("first_A", first[0], persistent=False)
-        self.register_buffer("first_B", first[1], persistent=False)
-        self.scale = scale
-        self.dropout = dropout
-        self.layer = layer or Layer()
+        # straight into the tables: hundreds of pairs are made when an adapter is loaded
+        parameters = {"A": A, "B": B, "magnitude": magnitude, "bias": bias}
+        for name, value in parameters.items():
+            self._parameters[name] = None if value is None else nn.Parameter(value)
+        if start is not None:
+            self.register_buffer("first_A", start[0], persistent=False)
+            self.register_buffer("first_B", start[1], persistent=False)
+        self.__dict__.update(scale=scale, dropout=dropout, layer=layer or Layer())
 
-    first_A: Tensor | None  # noqa: N815  (A and B are the factors' names)
-    first_B: Tensor | None  # noqa: N815
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor | None
+    bias: Tensor | None
+    first_A: Tensor | None = None  # noqa: N815  (A and B are the factors' names)
+    first_B: Tensor | None = None  # noqa: N815
+    scale: float
+    dropout: float | int
+    layer: Layer
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the whole delta on the untouched base; the rank doubles where it was moved."""

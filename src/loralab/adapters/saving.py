@@ -59,7 +59,7 @@ def install(
         own = host.fingerprint if host is not None else fingerprint(model)
         check_fingerprint(adapter.base, own or {})
     copies = {path: _filled(modules[path], path, adapter) for path in adapter.whole_modules}
-    installer = Installer(model, adapter.config, name)
+    installer = Installer(model, adapter.config, name, modules)
     installer.host.facts[name] = dict(adapter.facts)
     for path, (A, B) in adapter.pairs.items():
         device = _device(modules[path])
