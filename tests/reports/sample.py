@@ -54,7 +54,7 @@ def comparison() -> dict[str, Any]:
                 "seed": seed,
                 "only_a": 41 + seed,
                 "only_b": 47 - seed,
-                "p_exact": 0.59 - 0.1 * seed,
+                "p": 0.59 - 0.1 * seed,
                 "p_mid": 0.57 - 0.1 * seed,
             }
             for a, b in combinations(_METHODS, 2)
@@ -74,11 +74,17 @@ def comparison() -> dict[str, Any]:
             {
                 "id": f"movie-{index}",
                 "text": text,
-                "label": ("negative", "positive")[index % 2],
-                "predictions": dict(
-                    zip(_METHODS, ("negative", "positive", "negative", "positive"), strict=True)
-                ),
-                "nll": {name: 0.31 + 0.4 * k for k, name in enumerate(_METHODS)},
+                "label": index % 2,
+                "label_name": ("negative", "positive")[index % 2],
+                "predictions": {
+                    name: {
+                        "prediction": k % 2,
+                        "prediction_name": ("negative", "positive")[k % 2],
+                        "correct": k % 2 == index % 2,
+                        "nll": 0.31 + 0.4 * k,
+                    }
+                    for k, name in enumerate(_METHODS)
+                },
             }
             for index, text in enumerate(_TEXTS)
         ],
@@ -86,7 +92,7 @@ def comparison() -> dict[str, Any]:
             "tasks": 10,
             "base_bytes": BASE_BYTES,
             "full_models_bytes": 10 * BASE_BYTES,
-            "methods": [
+            "rows": [
                 {
                     "method": name,
                     "artifact_bytes": figures[6],
@@ -97,10 +103,13 @@ def comparison() -> dict[str, Any]:
             ],
         },
         "parameter_efficiency": {
-            "accuracy_per_million_parameters": {
-                name: figures[2] / (figures[0] / 1e6) for name, figures in _METHODS.items()
-            },
-            "coin_flip": 500_000.0,
+            "rows": [
+                {
+                    "method": name,
+                    "accuracy_per_million_parameters": figures[2] / (figures[0] / 1e6),
+                }
+                for name, figures in _METHODS.items()
+            ],
             "refutation": "Accuracy divided by trainable parameters measures no quality: by it a "
             "coin flip with one parameter, at 500,000 per million, beats every method here; it "
             "only restates which method trains least.",
@@ -150,13 +159,14 @@ def _method(name: str, chance: random.Random) -> dict[str, Any]:
                 (("negative", 0.012, 386), ("positive", -0.011, 414))
             )
         ],
-        "confusion": [[right - 31, wrong + 31], [wrong - 27, right + 27]],
-        "by_seed": [
+        "confusion_matrix": [[right - 31, wrong + 31], [wrong - 27, right + 27]],
+        "per_seed": [
             {
                 "seed": seed,
                 "accuracy": accuracy + chance.gauss(0, 0.006),
                 "nll": nll + chance.gauss(0, 0.007),
-                "confusion": [[right - 31, wrong + 31], [wrong - 27, right + 27]],
+                "macro_f1": accuracy + chance.gauss(0, 0.006),
+                "confusion_matrix": [[right - 31, wrong + 31], [wrong - 27, right + 27]],
             }
             for seed in SEEDS
         ],
@@ -203,6 +213,8 @@ def data() -> dict[str, Any]:
         },
         "repeated_rows": 18,
         "label_names": ["negative", "positive"],
+        "rows": {"test": TEST_ROWS},
+        "documents": {"test": TEST_ROWS},
         "test_rows": TEST_ROWS,
         "test_documents": TEST_ROWS,
     }
@@ -281,7 +293,7 @@ def run() -> dict[str, Any]:
             "adapter": [[s, 1e-3 * min(s / 12, 1 - s / 200)] for s in range(1, STEPS + 1)],
             "head": [[s, 1e-2 * min(s / 12, 1 - s / 200)] for s in range(1, STEPS + 1)],
         },
-        "confusion": [[301, 85], [74, 340]],
+        "confusion_matrix": [[301, 85], [74, 340]],
         "label_names": ["negative", "positive"],
         "per_class": [
             {"label": "negative", "precision": 0.803, "recall": 0.78, "f1": 0.791, "support": 386},

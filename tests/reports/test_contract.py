@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from loralab.evidence import MethodResult, RatePoint, SeedPredictions, TestSet, build_comparison
+from loralab.reports import formats
 
 from . import sample
 from .pages import comparison_page
@@ -14,14 +15,32 @@ from .pages import comparison_page
 
 @pytest.mark.parametrize("task", ["classification", "causal"])
 def test_the_evidence_rooms_comparison_fits(tmp_path: Path, task: str) -> None:
-    page = comparison_page(tmp_path, _built_comparison(task))
+    comparison = _built_comparison(task)
+    page = comparison_page(tmp_path, comparison)
     sections = {attributes["id"] for attributes in page.of("section")}
     both = {"methods", "differences", "rates", "cost", "seeds", "economy", "disagreements"}
     assert both <= sections
     assert ("classes" in sections) == (task == "classification")
-    assert "a coin flip with one parameter" in page.text
     assert "30 rows, 15 documents" in page.text
-    assert "diverged" in page.text
+    assert "1e-1 diverged" in page.text
+    captions = ("Each seed's run", "McNemar's test", "Storage for 10 tasks")
+    assert all(caption in page.text for caption in captions)
+    lora = next(row for row in comparison["methods"] if row["method"] == "lora")
+    seed = lora["per_seed"][0]
+    assert f"{seed['nll']:.4f}" in page.text
+    efficiency = comparison["parameter_efficiency"]["rows"][0]["accuracy_per_million_parameters"]
+    assert f"{efficiency:.2f}" in page.text
+    stored = comparison["storage"]["rows"][0]["total_bytes"]
+    assert formats.data_size(stored).replace("\N{NO-BREAK SPACE}", " ") in page.text
+    test = comparison["mcnemar"][0]
+    assert f"lora − full 0 {test['only_a']} {test['only_b']} {test['p']:.3f}" in page.text
+    first = comparison["disagreements"][0]
+    answer = first["predictions"]["lora"]
+    assert f"lora {answer['prediction_name']}" in page.text
+    assert f"loss {answer['nll']:.2f}" in page.text
+    if task == "classification":
+        cells = lora["confusion_matrix"][0]
+        assert f"negative {cells[0]} {100 * cells[0] / sum(cells):.1f} %" in page.text
 
 
 def _built_comparison(task: str) -> dict[str, Any]:

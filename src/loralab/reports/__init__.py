@@ -40,7 +40,7 @@ def write_run_report(run: Mapping[str, Any], path: str | Path) -> None:
     - `evaluation`: {split: {"rows": int, "metrics": {name: {"value" or "mean", "low", "high"}}}}
     - `train`: [[step, loss], ...]; `validation`: [[step, loss, accuracy or nothing], ...]
     - `learning_rates`: {parameter group: [[step, rate], ...]}
-    - `confusion` (rows = truth), `label_names`
+    - `confusion_matrix` (rows = truth), `label_names`
     - `per_class`: rows with label, precision, recall, f1, support
     - `findings`: [{"level", "name", "message", "next_step"}, ...]; an empty list says "none"
     - `parameters` and `timing`: tables, units by the end of the key (`_bytes`, `_seconds`)

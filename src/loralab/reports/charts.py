@@ -32,6 +32,7 @@ _SHAPE_PATHS = {
     "cross": "M4.4 1h3.2v3.4H11v3.2H7.6V11H4.4V7.6H1V4.4h3.4Z",
 }
 _INK, _RULE = "#3d4650", "#dfe3e8"
+_COST_LOG_RATIO = 5  # costs that span more than this ratio stand on a logarithmic axis
 _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 # Vega expressions that write an axis value, by what the axis measures.
 _COST_LABELS = {
@@ -154,38 +155,23 @@ def loss_chart(
         {"field": "step", "type": "quantitative", "title": "step", "format": ","},
         {"field": "loss", "type": "quantitative", "title": "loss", "format": ".4f"},
     ]
-    encoding = {"x": x, "y": y, "detail": detail}
+    line = {"type": "line", "color": swatch.colour}
+    point = {"shape": swatch.shape, "filled": True, "size": 36, "color": swatch.colour}
+    layers = {
+        "train": (train, {**line, "strokeWidth": 1, "opacity": 0.45}),
+        "validation": (validation, {**line, "strokeWidth": 2, "point": {**point, "opacity": 1}}),
+    }
     return {
         **_spec(description, None),
         "layer": [
             {
-                "name": "train",
-                "data": {"values": list(train)},
-                "mark": {
-                    "type": "line",
-                    "color": swatch.colour,
-                    "strokeWidth": 1,
-                    "opacity": 0.45,
-                },
-                "encoding": encoding,
-            },
-            {
-                "name": "validation",
-                "data": {"values": list(validation)},
-                "mark": {
-                    "type": "line",
-                    "color": swatch.colour,
-                    "strokeWidth": 2,
-                    "point": {
-                        "shape": swatch.shape,
-                        "filled": True,
-                        "size": 36,
-                        "color": swatch.colour,
-                        "opacity": 1,
-                    },
-                },
-                "encoding": {**encoding, "tooltip": tooltip},
-            },
+                "name": name,
+                "data": {"values": list(rows)},
+                "mark": mark,
+                "encoding": {"x": x, "y": y, "detail": detail, "tooltip": tooltip},
+            }
+            for name, (rows, mark) in layers.items()
+            if rows
         ],
     }
 
@@ -221,6 +207,12 @@ def schedule_chart(
                 "scale": _by_method(styles, "colour"),
                 "legend": None,
             },
+            "strokeDash": {  # so that two groups with one rate are both seen
+                "field": "group",
+                "type": "nominal",
+                "scale": {"range": [[1, 0], [6, 6], [2, 4]]},
+                "legend": None,
+            },
             "tooltip": [
                 {"field": "group", "type": "nominal", "title": "parameters"},
                 {"field": "step", "type": "quantitative", "title": "step", "format": ","},
@@ -246,7 +238,7 @@ def cost_chart(
     `quality_text`. `cost_kind` decides how the axis is written.
     """
     costs = [cost for row in rows if (cost := finite(row["cost"])) is not None]
-    logarithmic = bool(costs) and min(costs) > 0 and max(costs) > LOG_RATIO * min(costs)
+    logarithmic = bool(costs) and min(costs) > 0 and max(costs) > _COST_LOG_RATIO * min(costs)
     x = {
         "field": "cost",
         "type": "quantitative",
@@ -321,8 +313,9 @@ def _binary_ticks(sizes: Sequence[int | float], logarithmic: bool) -> Spec:
 
 def _scale(domain: Sequence[float]) -> Spec:
     low, high = domain
-    kind = "log" if low > 0 and high > LOG_RATIO * low else "linear"
-    return {"type": kind, "domain": [low, high], "nice": False, "zero": False}
+    if low > 0 and high > LOG_RATIO * low:
+        return {"type": "log", "domain": [low, high], "nice": False}
+    return {"type": "linear", "domain": [low, high], "nice": False, "zero": False}
 
 
 def _by_method(styles: Sequence[Swatch], part: str) -> Spec:

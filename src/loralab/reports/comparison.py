@@ -74,8 +74,8 @@ def _headline_facts(comparison: Row, methods: Sequence[Row]) -> Facts:
 def _split_facts(split: str, data: Row) -> list[tuple[str, str, str]]:
     """Rows of a split, and its documents where these are fewer."""
     facts = (data.get("splits") or {}).get(split) or {}
-    rows = facts.get("rows", data.get(f"{split}_rows"))
-    documents = facts.get("documents", data.get(f"{split}_documents"))
+    rows = facts.get("rows") or (data.get("rows") or {}).get(split)
+    documents = facts.get("documents") or (data.get("documents") or {}).get(split)
     if rows is None:
         return []
     text = f"{formats.exact(rows)} rows"

@@ -17,7 +17,6 @@ from loralab.reports.blocks import (
 )
 from loralab.reports.parts import (
     CLASS_COLUMNS,
-    class_name,
     class_rows,
     confusion_table,
     metric_cell,
@@ -33,9 +32,9 @@ def class_section(methods: Sequence[Row], styles: Styles, comparison: Row) -> Se
     blocks: list[Block] = []
     labels = _label_names(comparison)
     matrices = tuple(
-        confusion_table(row["confusion"], labels, "", heading=name, swatch=styles[name])
+        confusion_table(row["confusion_matrix"], labels, "", heading=name, swatch=styles[name])
         for row in methods
-        if row.get("confusion") and (name := str(row["method"]))
+        if row.get("confusion_matrix") and (name := str(row["method"]))
     )
     if matrices:
         blocks.append(TableGrid(matrices))
@@ -59,7 +58,7 @@ def class_section(methods: Sequence[Row], styles: Styles, comparison: Row) -> Se
 def seed_section(methods: Sequence[Row], styles: Styles, comparison: Row) -> Section | None:
     """Every seed's figures, and McNemar's test seed by seed."""
     tables: list[Table] = []
-    runs = [(str(row["method"]), run) for row in methods for run in row.get("by_seed") or ()]
+    runs = [(str(row["method"]), run) for row in methods for run in row.get("per_seed") or ()]
     keys = _figure_keys(run for _, run in runs)
     if keys:
         columns = (
@@ -99,8 +98,7 @@ def economy_section(methods: Sequence[Row], styles: Styles, comparison: Row) -> 
 
 def disagreement_section(comparison: Row, styles: Styles) -> Section | None:
     """Test rows on which the methods differ, with their texts."""
-    labels = _label_names(comparison)
-    quotes = tuple(_quote(row, styles, labels) for row in comparison.get("disagreements") or ())
+    quotes = tuple(_quote(row, styles) for row in comparison.get("disagreements") or ())
     if not quotes:
         return None
     lead = "Test rows on which the methods differ most. They are chosen because they differ, so "
@@ -139,7 +137,7 @@ def _mcnemar_table(tests: Sequence[Row]) -> Table:
             Cell(formats.plain(test.get("seed"))),
             Cell(formats.exact(test.get("only_a"))),
             Cell(formats.exact(test.get("only_b"))),
-            Cell(formats.p_value(test.get("p_exact"))),
+            Cell(formats.p_value(test.get("p"))),
             Cell(formats.p_value(test.get("p_mid"))),
         )
         for test in tests
@@ -164,7 +162,7 @@ def _storage_table(storage: Row, styles: Styles) -> Table:
             size_cell(row.get("artifact_bytes")),
             size_cell(row.get("total_bytes")),
         )
-        for row in storage.get("methods") or ()
+        for row in storage.get("rows") or ()
     )
     columns = (
         Column("method", numeric=False),
@@ -186,14 +184,16 @@ def _storage_sum(row: Row, tasks: Any) -> str:
 
 
 def _efficiency_table(efficiency: Row, methods: Sequence[Row], styles: Styles) -> Table:
-    values: Row = efficiency.get("accuracy_per_million_parameters") or {}
     trainable = {str(row["method"]): row.get("trainable_parameters") for row in methods}
     entries = [
-        (Cell(str(name), swatch=styles.get(str(name))), trainable.get(str(name)), value)
-        for name, value in values.items()
+        (
+            Cell(name := str(row["method"]), swatch=styles.get(name)),
+            trainable.get(name),
+            row.get("accuracy_per_million_parameters"),
+        )
+        for row in efficiency.get("rows") or ()
     ]
-    if (coin := formats.finite(efficiency.get("coin_flip"))) is not None:
-        entries.append((Cell("a coin flip with one parameter"), 1, coin))
+    entries.append((Cell("a coin flip with one parameter"), 1, 0.5 * 1e6))
     rows = tuple(
         (
             name,
@@ -219,28 +219,23 @@ def _four_digits(value: Any) -> str:
     return formats.number(figure, 0 if abs(figure) >= 1000 else 2 if abs(figure) >= 1 else 4)
 
 
-def _quote(row: Row, styles: Styles, labels: Sequence[str]) -> Quote:
-    label = row.get("label")
-    source = [f"true class: {class_name(label, labels)}"] if label is not None else []
+def _quote(row: Row, styles: Styles) -> Quote:
+    label = row.get("label_name") or row.get("label")
+    source = [f"true class: {formats.plain(label)}"] if label is not None else []
     source += [str(row["id"])] if row.get("id") is not None else []
-    losses: Row = row.get("nll") or {}
     said = tuple(
-        (
-            Cell(str(method), swatch=styles.get(str(method))),
-            _said(prediction, label, losses.get(method), labels),
-        )
-        for method, prediction in (row.get("predictions") or {}).items()
+        (Cell(str(method), swatch=styles.get(str(method))), _said(answer))
+        for method, answer in (row.get("predictions") or {}).items()
     )
-    texts = [str(row[key]) for key in ("text", "prompt", "completion") if row.get(key)]
-    return Quote("\n".join(texts), " · ".join(source), said)
+    return Quote(str(row.get("text") or ""), " · ".join(source), said)
 
 
-def _said(prediction: Any, label: Any, loss: Any, labels: Sequence[str]) -> str:
+def _said(answer: Row) -> str:
     """What a method said of a row, whether it is right, and its loss."""
-    if label is None:  # a causal task: the prediction is whether the completion was matched
-        parts = ["match" if prediction else "no match"]
-    else:
-        parts = [class_name(prediction, labels), "right" if prediction == label else "wrong"]
-    if formats.finite(loss) is not None:
+    name = formats.plain(answer.get("prediction_name", answer.get("prediction")))
+    parts = [name]
+    if name not in ("exact match", "no match"):  # a causal task's answers say it themselves
+        parts.append("right" if answer.get("correct") else "wrong")
+    if formats.finite(loss := answer.get("nll")) is not None:
         parts.append(f"loss {formats.number(loss, 2)}")
     return ", ".join(parts)

@@ -31,7 +31,12 @@ def data_section(report: Row) -> Section | None:
         blocks.append(Table("", columns, rows, wide=False))
     shown = {"splits"} | ({"left_out"} if left_out else set())
     if splits:
-        shown |= {"test_rows", "test_documents"}  # they stand in the table of splits
+        shown |= {
+            "rows",
+            "documents",
+            "test_rows",
+            "test_documents",
+        }  # they stand in the table of splits
     rest = {
         key: value for key, value in data.items() if key not in shown and value not in (None, [])
     }

@@ -227,7 +227,7 @@ def _validation_table(validation: Sequence[Sequence[Any]], best: Any, last_train
 
 
 def _class_section(run: Row) -> Section | None:
-    matrix, labels = run.get("confusion"), run.get("label_names") or ()
+    matrix, labels = run.get("confusion_matrix"), run.get("label_names") or ()
     blocks: list[Block] = []
     lead = ""
     if matrix:

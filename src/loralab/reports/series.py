@@ -6,7 +6,7 @@ from typing import Any
 
 from loralab.reports.formats import finite
 
-LOG_RATIO = 5  # an axis whose values span more than this ratio is logarithmic
+LOG_RATIO = 10  # an axis whose values span more than this ratio is logarithmic
 MAX_POINTS = 200  # a line is thinned to about so many points
 
 
