@@ -19,9 +19,9 @@ def run_report(run: Run) -> dict[str, Any]:
     """What `reports.write_run_report` draws."""
     rows = run.metric_rows()
     steps = [row for row in rows if "loss" in row]
-    validations = [row for row in rows if "nll" in row]
+    validations = [row for row in rows if "validation_nll" in row]
     evaluations = {split: run.metrics(split) for split in run.manifest["splits"]}
-    last = evaluations[run.manifest["splits"][-1]]["metrics"]
+    last: dict[str, Any] = next((e["metrics"] for e in reversed(evaluations.values())), {})
     roles = steps[0]["learning_rates"] if steps else {}
     return {
         "run": str(run.folder),
@@ -32,11 +32,13 @@ def run_report(run: Run) -> dict[str, Any]:
         "best_step": run.manifest["best"]["step"],
         "evaluation": evaluations,
         "train": [[row["step"], row["loss"]] for row in steps],
-        "validation": [[row["step"], row["nll"], row["accuracy"]] for row in validations],
+        "validation": [
+            [row["step"], row["validation_nll"], row["validation_accuracy"]] for row in validations
+        ],
         "learning_rates": {
             role: [[row["step"], row["learning_rates"][role]] for row in steps] for role in roles
         },
-        "confusion": last.get("confusion"),
+        "confusion_matrix": last.get("confusion_matrix"),
         "per_class": last.get("per_class"),
         "label_names": run.manifest["label_names"],
         "findings": run.manifest["findings"],

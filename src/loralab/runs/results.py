@@ -118,7 +118,9 @@ def _curve(run: Run) -> dict[str, Any]:
         "learning_rate": run.config.training.learning_rate,
         "seed": run.config.training.seed,
         "train": train[::every],
-        "validation": [[row["step"], row["nll"]] for row in rows if "nll" in row],
+        "validation": [
+            [row["step"], row["validation_nll"]] for row in rows if "validation_nll" in row
+        ],
     }
 
 
