@@ -28,7 +28,7 @@ FIRST = "method 0"  # the one that gets a lead
 ACCURACY = 0.8
 DIFFICULTY, REACTION, LUCK = 0.55, 0.15, 0.30  # shares of the variance between rows
 DOCUMENT = 0.3  # the documents' share of difficulty and of reaction, where rows come in documents
-MEASURED_SPREAD_OF_NLL = 2.0  # steepness of the log-likelihood over the latent score
+NLL_STEEPNESS = 2.0  # of the log-likelihood over the latent score
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def simulate(scene: Scene, generator: np.random.Generator) -> Contest:
         + shift[:, :, None]
     )
     names = [f"method {index}" for index in range(methods)]
-    nll = np.logaddexp(0, -MEASURED_SPREAD_OF_NLL * latent)
+    nll = np.logaddexp(0, -NLL_STEEPNESS * latent)
     groups = documents if scene.rows_per_document > 1 else None
     return hold_contest(
         dict(zip(names, latent > 0, strict=True)), dict(zip(names, nll, strict=True)), groups

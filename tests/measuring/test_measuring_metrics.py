@@ -115,6 +115,13 @@ def test_a_model_that_says_one_class_only(run):
     assert second["precision"] == {"mean": 0.0, "low": 0.0, "high": 1.0}
 
 
+def test_one_document_leaves_the_intervals_open(run):
+    labels, predictions, nll = run
+    figures = classification_metrics(labels, predictions, nll, 3, np.zeros(240, dtype=int))
+    assert (figures["nll"]["low"], figures["nll"]["high"]) == (None, None)
+    assert (figures["accuracy"]["low"], figures["accuracy"]["high"]) == (0.0, 1.0)
+
+
 def truth_and_run(generator, rows, seeds):
     """Rows with a difficulty, seeds with a shift: macro F1 and accuracy differ from run to run."""
     labels = (generator.random(rows) < 0.3).astype(int)

@@ -19,11 +19,11 @@ Figure = Float[np.ndarray, "..."]
 
 
 class Interval(TypedDict):
-    """A figure with the two ends of its 95 % interval."""
+    """A figure with the two ends of its 95 % interval; None where one document leaves it open."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class Counts(TypedDict):
@@ -153,9 +153,7 @@ def completion_metrics(
         influence = (nll - mean_nll) * num_tokens / num_tokens.mean()
         low, high = mean_over_seeds(influence, groups).interval()
         ends = np.exp([mean_nll, mean_nll + low, mean_nll + high])
-        metrics["perplexity"] = Interval(
-            mean=float(ends[0]), low=float(ends[1]), high=float(ends[2])
-        )
+        metrics["perplexity"] = _interval(*map(float, ends))
     return metrics
 
 
@@ -179,8 +177,12 @@ def accuracy_interval(
 def mean_interval(values: Float[np.ndarray, "seeds items"], groups: Groups = None) -> Interval:
     """Mean over seeds and rows of an unbounded figure, with its t interval."""
     estimate = mean_over_seeds(values, groups)
-    low, high = estimate.interval()
-    return Interval(mean=estimate.value, low=low, high=high)
+    return _interval(estimate.value, *estimate.interval())
+
+
+def _interval(mean: float, low: float, high: float) -> Interval:
+    bounded = np.isfinite(low) and np.isfinite(high)
+    return Interval(mean=mean, low=low if bounded else None, high=high if bounded else None)
 
 
 def _num_documents(groups: Groups, num_items: int) -> int:
@@ -268,7 +270,7 @@ def _bounded_interval(share: float, variance: float, df: float, trials: float) -
     nothing, and `trials` independent ones are assumed.
     """
     spread = share * (1 - share)
-    if trials <= 0:  # a class that never occurs: nothing is known
+    if trials <= 0 or not np.isfinite(variance):  # no such class, or one document: nothing is known
         return Interval(mean=share, low=0.0, high=1.0)
     effective = spread / variance if spread > 0 and variance > 0 else trials
     critical = float(stats.t.ppf((1 + CONFIDENCE) / 2, df))
