@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from loralab.config import load_config
     from loralab.errors import LoralabError
     from loralab.models import load_model, load_tokenizer
-    from loralab.runs import Run, compare, evaluate, generate, open_run, train
+    from loralab.runs.compare import compare
+    from loralab.runs.evaluate import evaluate
+    from loralab.runs.folder import Run, open_run
+    from loralab.runs.generate import generate
+    from loralab.runs.train import train
 
 __version__ = "0.1.0"
 
@@ -28,20 +32,20 @@ _HOME = {
     "Adapter": "adapters",
     "LoRAConfig": "adapters",
     "LoralabError": "errors",
-    "Run": "runs",
+    "Run": "runs.folder",
     "attach": "adapters",
-    "compare": "runs",
+    "compare": "runs.compare",
     "detach": "adapters",
-    "evaluate": "runs",
-    "generate": "runs",
+    "evaluate": "runs.evaluate",
+    "generate": "runs.generate",
     "load_adapter": "adapters",
     "load_config": "config",
     "load_model": "models",
     "load_tokenizer": "models",
-    "open_run": "runs",
+    "open_run": "runs.folder",
     "save_adapter": "adapters",
     "targets": "adapters",
-    "train": "runs",
+    "train": "runs.train",
     "use": "adapters",
 }
 

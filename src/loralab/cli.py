@@ -165,7 +165,7 @@ def train(
     console = _console(as_json, quiet)
     config = None if resume else _settings(recipe, overrides, model)
 
-    from loralab.runs import resume as resume_run, train as train_run
+    from loralab.runs.train import resume as resume_run, train as train_run
 
     if config is None:
         run = resume_run(resume, listen=console.listen)
@@ -196,7 +196,7 @@ def evaluate(run: Path, data: str | None, split: str, as_json: bool, quiet: bool
       loralab evaluate runs/rank-8 --data tweets
       loralab evaluate runs/rank-8 --data mine.csv
     """
-    from loralab.runs import evaluate as evaluate_run
+    from loralab.runs.evaluate import evaluate as evaluate_run
     from loralab.runs.tables import evaluation_table
 
     console = _console(as_json, quiet)
@@ -230,7 +230,7 @@ def generate(
       loralab generate runs/chat "Write a haiku about rank."
       loralab generate runs/rank-8 "A gripping film from start to end."
     """
-    from loralab.runs import generate as generate_from
+    from loralab.runs.generate import generate as generate_from
 
     console = _console(as_json, quiet)
     answer = generate_from(
@@ -272,7 +272,7 @@ def compare(
     console = _console(as_json, quiet)
     config = _settings(recipe, overrides, model)
 
-    from loralab.runs import compare as compare_runs
+    from loralab.runs.compare import compare as compare_runs
     from loralab.runs.tables import comparison_table
 
     folder = output or Path("runs") / Path(str(recipe)).stem
@@ -314,6 +314,89 @@ def doctor(
         console.table(*findings_table(findings))
     if any(finding["level"] == "error" for finding in findings):
         raise SystemExit(1)
+
+
+@app.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), required=True)
+@click.option("--base", help="The base's folder, where SOURCE is an adapter and no run.")
+@click.option("--limit", type=click.FloatRange(0, 1), help="Share of the effect that may be lost.")
+@click.option("--force", is_flag=True, help="Merge even above the limit.")
+@_common
+def merge(
+    source: Path,
+    output: Path,
+    base: str | None,
+    limit: float | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Put an adapter into plain weights, with a certificate of what it cost.
+
+    \b
+    Examples:
+      loralab merge runs/rank-8 --output merged
+      loralab merge my-adapter --base llama-folder --output merged
+    """
+    from loralab.runs.merge import merge as merge_source
+    from loralab.runs.tables import certificate_table
+
+    console = _console(as_json, quiet)
+    certificate = merge_source(
+        source, output, base=base, limit=limit, force=force, listen=console.listen
+    )
+    if as_json:
+        console.data({"model": str(output), **certificate})
+    else:
+        console.table(*certificate_table(certificate))
+        console.text(str(output))
+
+
+@app.command()
+@click.argument("sources", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
+@click.option("--output", type=click.Path(path_type=Path), required=True)
+@click.option("--method", default="linear", show_default=True, help="linear, ties, dare, knots ...")
+@click.option("--rank", type=click.IntRange(min=1), help="Cut to this rank, optimally.")
+@click.option("--energy", type=click.FloatRange(0, 1), help="Cut to this share of energy.")
+@click.option("--density", type=click.FloatRange(0, 1), help="For ties, dare and knots.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@_common
+def combine(
+    sources: tuple[str, ...],
+    output: Path,
+    method: str,
+    rank: int | None,
+    energy: float | None,
+    density: float | None,
+    seed: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Add, subtract or mix adapters into one; the deltas are summed, never the factors.
+
+    \b
+    Examples:
+      loralab combine runs/a=0.7 runs/b=0.3 --output mixed
+      loralab combine runs/a=1 runs/b=-1 --rank 8 --output difference
+    """
+    from loralab.runs.combine import combine as combine_adapters, parse_weights
+
+    console = _console(as_json, quiet)
+    found = combine_adapters(
+        parse_weights(sources),
+        output,
+        method=method,
+        rank=rank,
+        energy=energy,
+        density=density,
+        seed=seed,
+        listen=console.listen,
+    )
+    if as_json:
+        console.data(found)
+    else:
+        console.text(f"{output}  (largest error of a module: {found['largest_error']:.2g})")
 
 
 def main(arguments: list[str] | None = None) -> int:

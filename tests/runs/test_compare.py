@@ -8,7 +8,7 @@ import pytest
 from loralab.cli import main
 from loralab.config import load_config
 from loralab.errors import ConfigError, OutputError
-from loralab.runs import compare
+from loralab.runs.compare import compare
 from loralab.runs.tables import comparison_table
 
 METHOD_KEYS = {

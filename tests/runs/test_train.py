@@ -18,7 +18,8 @@ from loralab.errors import (
     RunError,
     TargetError,
 )
-from loralab.runs import open_run, train
+from loralab.runs.folder import open_run
+from loralab.runs.train import train
 
 METHODS = ["lora", "full", "frozen", "head"]
 
@@ -52,7 +53,8 @@ def test_only_what_the_method_trains_differs_from_the_base(method, trained, sett
     base = base_model(run.config).state_dict()
     model, _ = trained_model(run)
     changed = {
-        name for name, value in model.state_dict().items()
+        name
+        for name, value in model.state_dict().items()
         if name in base and not torch.equal(value, base[name])
     }
     if method in ("lora", "head"):

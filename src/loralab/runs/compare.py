@@ -51,6 +51,12 @@ def compare(config: RunConfig, output: str | Path, *, listen: Listener = ignore)
     Raises any `LoralabError`; `Interrupted` after Ctrl-C.
     """
     folder = Path(output)
+    if config.model.task == "causal" and "head" in config.compare.methods:
+        raise ConfigError(
+            "compare.methods names 'head', but a causal model has no task head",
+            "take it out of compare.methods.",
+        )
+    config = _with_grids(config)
     _claim(folder, config)
     if (folder / COMPARISON).is_file() and (folder / REPORT).is_file():
         listen(Note(f"{folder} is finished; nothing to train"))
@@ -67,6 +73,16 @@ def compare(config: RunConfig, output: str | Path, *, listen: Listener = ignore)
     write_comparison_report(comparison, folder / REPORT, loss_curves=loss_curves(entrants))
     write_json(folder / COMPARISON, comparison)
     return comparison
+
+
+def _with_grids(config: RunConfig) -> RunConfig:
+    """The settings with every method's grid written out."""
+    given = config.compare.learning_rates
+    grids = {
+        method: list(given.get(method) or DEFAULT_RATES[method])
+        for method in config.compare.methods
+    }
+    return config.replace(compare__learning_rates=grids)
 
 
 def _claim(folder: Path, config: RunConfig) -> None:
@@ -110,11 +126,6 @@ class _Contest:
     def hold(self) -> list[Entrant]:
         self.head_rate = self.config.training.head_learning_rate
         self.bench = open_workbench(self.config, self.listen)
-        if self.config.model.task == "causal" and "head" in self.config.compare.methods:
-            raise ConfigError(
-                "compare.methods names 'head', but a causal model has no task head",
-                "take it out of compare.methods.",
-            )
         return [self._enter(method) for method in self._order()]
 
     def _order(self) -> list[MethodKind]:
@@ -125,7 +136,7 @@ class _Contest:
         compare = self.config.compare
         tried: dict[float, Run] = {}
         found = sweep(
-            compare.learning_rates.get(method) or DEFAULT_RATES[method],
+            compare.learning_rates[method],
             lambda rate: self._validation_loss(method, rate, tried),
             max_extensions=compare.max_extensions,
         )

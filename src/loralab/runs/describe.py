@@ -1,5 +1,6 @@
 """A finished run as plain data for its report."""
 
+from statistics import median
 from typing import Any
 
 from loralab.runs.folder import Run
@@ -17,7 +18,7 @@ PURPOSES = {
 
 def run_report(run: Run) -> dict[str, Any]:
     """What `reports.write_run_report` draws."""
-    rows = run.metric_rows()
+    rows = run.rows_of("metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     validations = [row for row in rows if "validation_nll" in row]
     evaluations = {split: run.metrics(split) for split in run.manifest["splits"]}
@@ -47,6 +48,7 @@ def run_report(run: Run) -> dict[str, Any]:
             "total": run.manifest["total_parameters"],
             "artifact_bytes": run.manifest["artifact_bytes"],
         },
+        "timing": _timing(run),
         "commands": [
             {"purpose": "score other rows", "command": f"loralab evaluate {run.folder} --data ..."},
             {"purpose": "try it", "command": f'loralab generate {run.folder} "..."'},
@@ -65,6 +67,11 @@ def run_report(run: Run) -> dict[str, Any]:
         "machine": run.manifest["machine"],
         "versions": run.manifest["versions"],
     }
+
+
+def _timing(run: Run) -> dict[str, float]:
+    seconds = [row["seconds"] for row in run.rows_of("timing.jsonl") if "seconds" in row]
+    return {"step_seconds": median(seconds), "all_steps_seconds": sum(seconds)} if seconds else {}
 
 
 def _size(run: Run, name: str) -> int:

@@ -63,9 +63,9 @@ class Run:
         """Whether the split was evaluated and stored."""
         return (self.folder / "evaluation" / f"{split}.json").is_file()
 
-    def metric_rows(self) -> list[dict[str, Any]]:
-        """metrics.jsonl: a row a step and a row a validation."""
-        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    def rows_of(self, name: str) -> list[dict[str, Any]]:
+        """metrics.jsonl (a row a step and a validation) or timing.jsonl (their seconds)."""
+        text = (self.folder / name).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
     def record(self, **facts: Any) -> "Run":

@@ -12,7 +12,7 @@ TEMPLATE = """\
 # compare the methods with `loralab compare {path}`.
 
 [model]
-name = "{model}"          # a catalogue name (loralab fetch), a local transformers folder, or a hub id
+name = "{model}"          # a catalogue name (loralab fetch), a local folder, or a hub id
 task = "classification"   # or "causal"
 num_labels = 2
 dtype = "float32"         # "bfloat16" is faster where the processor has the instructions

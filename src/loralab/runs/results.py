@@ -110,7 +110,7 @@ def _test_set(config: RunConfig, bench: Workbench, run: Run) -> TestSet:
 
 
 def _curve(run: Run) -> dict[str, Any]:
-    rows = run.metric_rows()
+    rows = run.rows_of("metrics.jsonl")
     train = [[row["step"], row["loss"]] for row in rows if "loss" in row]
     every = max(1, len(train) // CURVE_POINTS)
     return {

@@ -55,6 +55,27 @@ def findings_table(findings: list[dict[str, str]]) -> Table:
     return ("level", "finding"), rows
 
 
+def certificate_table(certificate: dict[str, Any]) -> Table:
+    """One row a figure of a merge."""
+    names = {
+        "dtype": "dtype of the merged weights",
+        "relative_error": "error over norm of the delta",
+        "unchanged_share": "share of weights unchanged",
+        "effect_kept": "effect kept, on probes",
+        "separate_effect_kept": "effect kept by the adapter apart",
+        "top1_agreement": "same first choice",
+        "logit_kl": "KL of the logits (nats)",
+        "adapter_sha256": "adapter",
+        "base_sha256": "base",
+    }
+    rows = []
+    for key, name in names.items():
+        value = certificate[key]
+        if value is not None:
+            rows.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
+    return ("merged", ""), rows
+
+
 def run_lines(run: Run) -> str:
     """A finished run in a few lines: figures, files, what to do next."""
     manifest = run.manifest
@@ -94,7 +115,7 @@ def count(number: int) -> str:
     return str(number)
 
 
-def size(num_bytes: float) -> str:
+def size(num_bytes: int) -> str:
     """Bytes in GiB, MiB or KiB (powers of two)."""
     if num_bytes >= GIB:
         return f"{num_bytes / GIB:.2f} GiB"
