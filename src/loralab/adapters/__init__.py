@@ -9,6 +9,7 @@ from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.merge import merge, merge_in_place, restore, save_merged
 from loralab.adapters.peft_format import content_hash, read_adapter, write_adapter
 from loralab.adapters.routes import carry
+from loralab.adapters.rows import declare_rows
 from loralab.adapters.saving import install, load_adapter, save_adapter
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.streaming_merge import merge_checkpoint
@@ -27,6 +28,7 @@ __all__ = [
     "combine",
     "content_hash",
     "count_parameters",
+    "declare_rows",
     "detach",
     "extract",
     "fingerprint",

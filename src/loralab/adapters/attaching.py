@@ -12,11 +12,11 @@ from loralab.adapters import layers
 from loralab.adapters.hosting import adapted_modules, dismiss
 from loralab.adapters.installing import (
     Installer,
-    allow_fast_path,
     bias_of,
     copies_of,
     fresh_copy,
     hosting,
+    remove_hooks,
     token_modules,
 )
 from loralab.adapters.settings import LoRAConfig
@@ -180,5 +180,5 @@ def detach(model: nn.Module, name: str) -> None:
         for parameter_name, parameter in model.named_parameters():
             if parameter_name in host.thawed:
                 parameter.requires_grad_(True)
-        allow_fast_path(model)
+        remove_hooks(model)
         model.__dict__.pop("_loralab_host", None)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loralab.adapters.items import as_addition
 from loralab.adapters.layers import Path, path_of
-from loralab.adapters.routes import route_in_force
+from loralab.adapters.routes import Route, route_in_force
 from loralab.errors import RouteError
 
 _banks: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -35,7 +35,7 @@ def row_weights(x: Tensor, bank: int, names: str, training: bool) -> Tensor:
     hosting = _banks[bank]
     known = names.split("/")
     route = route_in_force(hosting.host)
-    if route is None:
+    if not isinstance(route, Route):
         if training:
             raise RouteError(
                 f"a compiled training forward reached {hosting.path!r} with no route",

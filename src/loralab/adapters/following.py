@@ -10,7 +10,7 @@ from loralab.adapters import attention
 from loralab.adapters.doubles import double, plain_tensors
 from loralab.adapters.items import as_addition, is_additive, replacements
 from loralab.adapters.layers import Path, path_of
-from loralab.adapters.routes import Mix, Route
+from loralab.adapters.routes import Mix, Probe, Route
 from loralab.adapters.rows import move_rows_first, row_dimension
 from loralab.errors import RouteError
 
@@ -20,12 +20,15 @@ Forward = Callable[..., Any]
 def follow(
     module: nn.Module,
     bank: Any,
-    route: Route,
+    route: Route | Probe,
     base: Forward,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """The module's output under the route. Raises `RouteError` where rows cannot be told apart."""
+    if isinstance(route, Probe):
+        route.note(bank.path, input_of(args, kwargs))
+        return base(*args, **kwargs)
     if not route.is_mixed:
         mix = present(module, bank, route.mixes[0])
         return run(module, bank, mix, base, args, kwargs) if mix else base(*args, **kwargs)
@@ -35,7 +38,7 @@ def follow(
     if isinstance(module, nn.MultiheadAttention):
         return attention.run_by_mix(module, bank, route, mixes, base, args, kwargs)
     x = input_of(args, kwargs)
-    dimension = row_dimension(module, bank, route, x)
+    dimension = row_dimension(bank, route, x)
     if len(args) + len(kwargs) > 1 and _extra_tensors(args, kwargs):
         raise RouteError(
             f"module {bank.path!r} takes several inputs, so that its rows cannot be told apart",

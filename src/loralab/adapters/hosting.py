@@ -42,6 +42,8 @@ class Host:
     facts: adapter -> what its file said of it.
     fingerprint: the base's, once taken.
     row_dimensions: module -> the dimension of its input that holds the rows, where declared.
+    seen_rows: the same as far as it was seen (None: in no dimension).
+    probed: the kinds of model inputs that were looked at for it.
     """
 
     def __init__(self) -> None:
@@ -50,6 +52,8 @@ class Host:
         self.facts: dict[str, dict[str, str]] = {}
         self.fingerprint: dict[str, str] | None = None
         self.row_dimensions: dict[str, int] = {}
+        self.seen_rows: dict[str, int | None] = {}
+        self.probed: set[tuple[Any, ...]] = set()
 
 
 class Bank(nn.Module):

@@ -11,6 +11,7 @@ from loralab.adapters.doubles import plain_copy
 from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.hosting import Host, adapted_modules, host_of, welcome
 from loralab.adapters.items import Own, Pair, Rows
+from loralab.adapters.rows import probe_rows
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.targets import walk
 from loralab.errors import AdapterError, nearest
@@ -27,6 +28,8 @@ def open_host(model: nn.Module) -> Host:
                 host.thawed.add(name)
                 parameter.requires_grad_(False)
     model.__dict__["_loralab_host"] = host
+    if not any(hook is probe_rows for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(probe_rows, with_kwargs=True)
     return host
 
 
@@ -131,12 +134,13 @@ def _no_fast_path(module: nn.Module, args: Any) -> None:
     return None
 
 
-def allow_fast_path(model: nn.Module) -> None:
-    """Takes the hooks of `decline_fast_path` off where nothing is hosted below them any more."""
+def remove_hooks(model: nn.Module) -> None:
+    """Takes our hooks off where nothing is hosted below them any more."""
     for _, module in walk(model):
         for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is _no_fast_path and not any(adapted_modules(module)):
+            if hook in (_no_fast_path, probe_rows) and not any(adapted_modules(module)):
                 del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def bias_of(module: nn.Module) -> Tensor | None:

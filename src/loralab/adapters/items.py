@@ -37,17 +37,17 @@ class Pair(nn.Module):
         parameters = {"A": A, "B": B, "magnitude": magnitude, "bias": bias}
         for name, value in parameters.items():
             self._parameters[name] = None if value is None else nn.Parameter(value)
-        if start is not None:
-            self.register_buffer("first_A", start[0], persistent=False)
-            self.register_buffer("first_B", start[1], persistent=False)
+        first_A, first_B = (None, None) if start is None else start
+        self._buffers.update(first_A=first_A, first_B=first_B)
+        self._non_persistent_buffers_set.update(("first_A", "first_B"))
         self.__dict__.update(scale=scale, dropout=dropout, layer=layer or Layer())
 
     A: Tensor
     B: Tensor
     magnitude: Tensor | None
     bias: Tensor | None
-    first_A: Tensor | None = None  # noqa: N815  (A and B are the factors' names)
-    first_B: Tensor | None = None  # noqa: N815
+    first_A: Tensor | None  # noqa: N815  (A and B are the factors' names)
+    first_B: Tensor | None  # noqa: N815
     scale: float
     dropout: float | int
     layer: Layer

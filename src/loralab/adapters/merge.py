@@ -23,7 +23,7 @@ from loralab.adapters.certificate import (
 from loralab.adapters.effect import Effect, Probe, batches_of, measure_effect, runner
 from loralab.adapters.extracting import extract
 from loralab.adapters.hosting import Adapted, Bank, Host, dismiss, host_of, plain_tensors
-from loralab.adapters.installing import allow_fast_path
+from loralab.adapters.installing import remove_hooks
 from loralab.adapters.merging import (
     WeightError,
     change_at,
@@ -218,7 +218,7 @@ def plain_twin(model: nn.Module) -> nn.Module:
     twin.__dict__.pop("_loralab_merged", None)
     for module in list(twin.modules()):
         dismiss(module)
-    allow_fast_path(twin)
+    remove_hooks(twin)
     return twin
 
 

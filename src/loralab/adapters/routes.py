@@ -90,17 +90,28 @@ class Route:
         return self._indices[key].view(-1, *(1 for _ in like.shape[1:]))
 
 
-_NONE: Mapping[object, Route] = MappingProxyType({})
-_in_force: ContextVar[Mapping[object, Route]] = ContextVar("routes in force", default=_NONE)
+@dataclass(frozen=True)
+class Probe:
+    """In the place of a route: modules run as the base and note the shapes of their inputs."""
+
+    seen: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+
+    def note(self, path: str, x: Any) -> None:
+        if isinstance(x, Tensor):
+            self.seen.setdefault(path, []).append(tuple(x.shape))
 
 
-def route_in_force(host: object) -> Route | None:
+_NONE: Mapping[object, Route | Probe] = MappingProxyType({})
+_in_force: ContextVar[Mapping[object, Route | Probe]] = ContextVar("routes in force", default=_NONE)
+
+
+def route_in_force(host: object) -> Route | Probe | None:
     """The route this thread or task has opened for the model with that host."""
     return _in_force.get().get(host)
 
 
 @contextmanager
-def in_force(host: object, route: Route) -> Iterator[None]:
+def in_force(host: object, route: Route | Probe) -> Iterator[None]:
     """Puts a route in force for the model with that host; the one before is back afterwards."""
     token = _in_force.set({**_in_force.get(), host: route})
     try:
