@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import bert, labelled_rows, llama, of_kind, ready, run
+from transformers import PreTrainedModel
 
 from loralab.errors import ConfigError
-from loralab.training import StepDone, Validated
-from loralab.training.prefix import build_prefix_cache
+from loralab.training import PrefixStore, StepDone, Validated, fit
+from loralab.training.prefix import prefix_cache
 
 ROWS, VALIDATION = labelled_rows(24), labelled_rows(10, seed=1)
 
@@ -41,11 +42,34 @@ def test_the_frozen_blocks_run_once_a_row(tmp_path: Path) -> None:
     assert sum(rows_seen) <= len(ROWS) + len(VALIDATION) + trainable.training.batch_size
 
 
+def test_runs_that_share_a_store_give_the_bits_of_runs_alone(tmp_path: Path) -> None:
+    def trained(name: str, seed: int, store: PrefixStore | None):
+        trainable = ready("head", model=llama(pooling="mean"), cache_frozen_prefix=True, seed=seed)
+        list(fit(trainable, ROWS, VALIDATION, tmp_path / name, prefixes=store))
+        return trainable
+
+    store = PrefixStore()
+    trained("first", 0, store)
+    shared, alone = trained("second", 1, store), trained("alone", 1, None)
+    for name, parameter in shared.parameters.items():
+        assert torch.equal(parameter, alone.parameters[name])
+    assert len(store) == 1
+    changed = ready("head", cache_frozen_prefix=True)
+    with torch.no_grad():
+        changed.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    prefix_cache(changed, [*ROWS, *VALIDATION], store)
+    assert len(store) == 2
+
+
+def refuse(model: PreTrainedModel) -> None:
+    prefix_cache(ready("head", model=model, cache_frozen_prefix=True), ROWS, PrefixStore())
+
+
 def test_dropout_below_is_refused_and_a_trained_embedding_is_not_cached() -> None:
     with pytest.raises(ConfigError, match=r"the frozen part of the model has dropout \(bert"):
-        build_prefix_cache(ready("head", model=bert(), cache_frozen_prefix=True), ROWS)
+        refuse(bert())
     with pytest.raises(ConfigError, match="self_attn"):  # a number, no module
-        build_prefix_cache(ready("head", model=llama(dropout=0.1), cache_frozen_prefix=True), ROWS)
+        refuse(llama(dropout=0.1))
     embedding = ready("frozen", method={"freeze_embedding": False}, cache_frozen_prefix=True)
     for trainable in (
         embedding,
@@ -53,4 +77,4 @@ def test_dropout_below_is_refused_and_a_trained_embedding_is_not_cached() -> Non
         ready("lora"),
         ready("head"),
     ):
-        assert build_prefix_cache(trainable, ROWS) is None
+        assert prefix_cache(trainable, ROWS, PrefixStore()) is None

@@ -17,6 +17,7 @@ from loralab.training.loop import fit
 from loralab.training.methods import ADAPTER_NAME, ParameterGroup, Trainable, prepare
 from loralab.training.plan import Plan, lay_out
 from loralab.training.predict import Prediction, accuracy, mean_nll, predict
+from loralab.training.prefix import PrefixStore
 from loralab.training.schedule import Schedule, build_schedule
 from loralab.training.step import Outcome, repeatable_step
 from loralab.training.streams import stream_seed
@@ -32,6 +33,7 @@ __all__ = [
     "ParameterGroup",
     "Plan",
     "Prediction",
+    "PrefixStore",
     "Schedule",
     "Started",
     "StepDone",

@@ -102,7 +102,7 @@ class Forward:
         return nullcontext() if self._route is None else use(self.model, self._route)
 
     def _prefixed(self, rows: Sequence[Encoded]) -> AbstractContextManager[object]:
-        return nullcontext() if self._prefix is None else self._prefix.in_place_of(rows)
+        return nullcontext() if self._prefix is None else self._prefix.in_place_of(self.model, rows)
 
 
 def num_targets(row: Encoded) -> int:

@@ -52,7 +52,7 @@ def identity(
                 [name, list(parameter.shape), str(parameter.dtype)]
                 for name, parameter in trainable.parameters.items()
             ),
-            "frozen": _frozen_sample(trainable),
+            "frozen": frozen_hash(trainable),
         },
     }
 
@@ -61,7 +61,7 @@ def _rows_hash(rows: Sequence[Encoded]) -> str:
     return _hash([row.id, list(row.input_ids), row.label, row.targets] for row in rows)
 
 
-def _frozen_sample(trainable: Trainable) -> str:
+def frozen_hash(trainable: Trainable) -> str:
     """A hash of 64 numbers of each frozen parameter: another base is not taken for this one."""
     trained = trainable.parameters
     return _hash(

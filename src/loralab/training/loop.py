@@ -17,21 +17,22 @@ from loralab.training.events import (
     CheckpointSaved,
     Event,
     Examined,
+    Finding,
     Finished,
     Started,
     StepDone,
     Validated,
 )
 from loralab.training.forward import Forward
-from loralab.training.identity import environment, identity
+from loralab.training.identity import identity
 from loralab.training.interrupts import InterruptFlag
-from loralab.training.journal import START, Journal
+from loralab.training.journal import Journal
 from loralab.training.methods import Trainable
 from loralab.training.optimiser import Optimiser
-from loralab.training.plan import Plan, lay_out
+from loralab.training.plan import lay_out
 from loralab.training.predict import accuracy, mean_nll, predict_with
-from loralab.training.prefix import build_prefix_cache
-from loralab.training.schedule import Schedule, build_schedule
+from loralab.training.prefix import PrefixStore, prefix_cache
+from loralab.training.schedule import build_schedule
 from loralab.training.step import Stepper
 
 EXAMINED_STEPS = 2
@@ -42,39 +43,33 @@ def fit(
     train_rows: Sequence[Encoded],
     validation_rows: Sequence[Encoded],
     folder: Path,
+    *,
+    prefixes: PrefixStore | None = None,
 ) -> Iterator[Event]:
     """Train, validate, keep checkpoints; at the end the model holds its best weights.
 
     `folder` gets `checkpoints/`, `metrics.jsonl` (the same bytes whether the run was interrupted
     or not) and `timing.jsonl` (seconds). Where `folder/checkpoints` holds a checkpoint the run
-    goes on from it. Without validation rows the last weights count as the best.
+    goes on from it. `prefixes` lets runs that share a base and rows share what
+    `training.cache_frozen_prefix` keeps. Without validation rows the last weights are the best.
 
     The first Ctrl-C ends the run after a whole step: a checkpoint is saved and `Interrupted`
     raised. Raises `DataError` without rows, `ResumeError` where the bits would differ,
     `TrainingError` for a setting or a number that makes the run worthless, `OutputError` where
     `folder` cannot be written.
     """
-    plan = lay_out(train_rows, trainable.training)
-    schedule = build_schedule(trainable.training, plan.total_steps)
     findings = examine_setup(trainable, train_rows)
     check(findings)
     with ExitStack() as stack:
-        run = _Run(trainable, train_rows, validation_rows, folder, plan, schedule, stack)
-        yield Started(
-            step=run.progress.step,
-            total_steps=plan.total_steps,
-            steps_per_epoch=plan.steps_per_epoch,
-            warmup_steps=schedule.warmup_steps,
-            order_hash=run.identity["data"]["order_hash"],
-            environment=environment(trainable.model, trainable.device),
-            findings=tuple(findings),
-        )
+        run = _Run(trainable, train_rows, validation_rows, folder, stack)
+        yield run.started(findings)
+        run.prepare(PrefixStore() if prefixes is None else prefixes)
         yield from run.steps()
         yield run.finish()
 
 
 class _Run:
-    """One run under way."""
+    """One run under way; what it opens is closed by `stack`."""
 
     def __init__(
         self,
@@ -82,54 +77,68 @@ class _Run:
         train_rows: Sequence[Encoded],
         validation_rows: Sequence[Encoded],
         folder: Path,
-        plan: Plan,
-        schedule: Schedule,
         stack: ExitStack,
     ) -> None:
         self._trainable = trainable
         self._training = trainable.training
         self._train_rows = train_rows
         self._validation_rows = validation_rows
-        self._plan = plan
-        self._schedule = schedule
-        self.identity = identity(trainable, train_rows, validation_rows, plan)
+        self._plan = lay_out(train_rows, self._training)
+        self._schedule = build_schedule(self._training, self._plan.total_steps)
+        self._identity = identity(trainable, train_rows, validation_rows, self._plan)
         self._checkpoints = CheckpointFolder(folder / "checkpoints")
         saved = self._checkpoints.newest()
-        if saved is not None:
-            check_identity(saved.identity, self.identity)
+        if saved is None:
+            saved = Checkpoint(Progress(), self._identity)
+        check_identity(saved.identity, self._identity)
         self._interrupt = stack.enter_context(InterruptFlag())
         self._metrics = stack.enter_context(
-            closing(Journal(folder / "metrics.jsonl", saved.metrics if saved else START))
+            closing(Journal(folder / "metrics.jsonl", saved.metrics))
         )
-        self._timing = stack.enter_context(
-            closing(Journal(folder / "timing.jsonl", saved.timing if saved else START))
-        )
+        self._timing = stack.enter_context(closing(Journal(folder / "timing.jsonl", saved.timing)))
         self._optimiser = Optimiser(trainable.groups, self._training)
         stack.callback(self._optimiser.close)
-        self.progress = saved.progress if saved else Progress()
-        self._best: dict[str, Tensor] = saved.best if saved else {}
-        if saved and saved.state:
+        self._progress = saved.progress
+        self._best = saved.best
+        if saved.state:
             self._restore(saved.state)
-        rows = [] if self.progress.finished else [*train_rows, *validation_rows]
-        prefix = build_prefix_cache(trainable, rows)
-        self._forward = Forward(
-            trainable.model, trainable.task, route=trainable.route, prefix=prefix
+
+    def started(self, findings: Sequence[Finding]) -> Started:
+        """What is known before the first step."""
+        return Started(
+            step=self._progress.step,
+            total_steps=self._plan.total_steps,
+            steps_per_epoch=self._plan.steps_per_epoch,
+            warmup_steps=self._schedule.warmup_steps,
+            order_hash=self._identity["data"]["order_hash"],
+            environment=self._identity["environment"],
+            findings=tuple(findings),
         )
-        self._stepper = Stepper(trainable, self._optimiser, self._forward)
+
+    def prepare(self, prefixes: PrefixStore) -> None:
+        """Run the frozen blocks where their outputs are to be kept."""
+        rows = [*self._train_rows, *self._validation_rows]
+        done = self._progress.finished
+        prefix = None if done else prefix_cache(self._trainable, rows, prefixes)
+        route = self._trainable.route
+        self._forward = Forward(
+            self._trainable.model, self._trainable.task, route=route, prefix=prefix
+        )
+        self._stepper = Stepper(self._trainable, self._optimiser, self._forward)
 
     def steps(self) -> Iterator[Event]:
         """The steps that are not done yet, with validations and checkpoints between them."""
-        first, total = self.progress.step + 1, self._plan.total_steps
+        first, total = self._progress.step + 1, self._plan.total_steps
         batches = self._remaining_batches()
-        for step in range(first, total + 1 if not self.progress.finished else first):
+        for step in range(first, total + 1 if not self._progress.finished else first):
             yield self._step(step, next(batches))
-            self.progress.step = step
+            self._progress.step = step
             if step == EXAMINED_STEPS and first == 1:
                 yield self._examine(step)
             if step in self._plan.validation_steps and self._validation_rows:
                 yield self._validate(step)
             if self._is_patience_spent():
-                self.progress.stopped_early = step < total
+                self._progress.stopped_early = step < total
                 break
             if step == total:
                 break
@@ -143,7 +152,7 @@ class _Run:
         """Put the best weights into the model and mark the run as finished."""
         if self._best:
             self._optimiser.set_trained(self._best)
-        progress = self.progress
+        progress = self._progress
         if not progress.finished:
             progress.finished = True
             progress.best_step = progress.best_step or progress.step
@@ -188,12 +197,12 @@ class _Run:
                 f"step {step}: the mean nll of the validation rows is {nll}",
                 "lower training.learning_rate, or set model.dtype to 'float32'.",
             )
-        best = all(nll < earlier["nll"] for earlier in self.progress.validations)
+        best = all(nll < earlier["nll"] for earlier in self._progress.validations)
         row = {"step": step, "nll": nll, "accuracy": accuracy(predictions), "best": best}
         if best:
-            self.progress.best_step = step
+            self._progress.best_step = step
             self._best = _copies(self._optimiser.trained())
-        self.progress.validations.append(row)
+        self._progress.validations.append(row)
         self._metrics.write({"step": step, **{f"validation_{k}": row[k] for k in _SHOWN}})
         seconds = time.perf_counter() - began
         self._timing.write({"step": step, "validation_seconds": seconds})
@@ -203,31 +212,31 @@ class _Run:
         patience = self._training.patience
         if patience is None:
             return False
-        recent = self.progress.validations[-patience:]
+        recent = self._progress.validations[-patience:]
         return len(recent) == patience and not any(row["best"] for row in recent)
 
     def _save(self) -> CheckpointSaved:
         began = time.perf_counter()
         state: dict[str, Tensor] = {}
-        if not self.progress.finished:
+        if not self._progress.finished:
             trained = self._optimiser.trained()
             state = {f"trained/{name}": value for name, value in trained.items()}
             state |= self._optimiser.state()
         path = self._checkpoints.save(
             Checkpoint(
-                progress=self.progress,
-                identity=self.identity,
+                progress=self._progress,
+                identity=self._identity,
                 metrics=self._metrics.mark(),
                 timing=self._timing.mark(),
                 state=state,
                 best=self._best,
             )
         )
-        return CheckpointSaved(self.progress.step, path, time.perf_counter() - began)
+        return CheckpointSaved(self._progress.step, path, time.perf_counter() - began)
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(
-            f"stopped after step {self.progress.step} of {self._plan.total_steps}; the state is "
+            f"stopped after step {self._progress.step} of {self._plan.total_steps}; the state is "
             f"safe in {self._checkpoints.folder}",
             "start the run again with --resume.",
         )
@@ -240,7 +249,7 @@ class _Run:
         self._optimiser.set_state(state)
 
     def _remaining_batches(self) -> Iterator[list[int]]:
-        epoch, done = divmod(self.progress.step, self._plan.steps_per_epoch)
+        epoch, done = divmod(self._progress.step, self._plan.steps_per_epoch)
         while True:
             epoch += 1
             yield from self._plan.batches(epoch)[done:]

@@ -10,6 +10,7 @@ from loralab.data import Encoded, evaluation_batches
 from loralab.errors import ConfigError
 from loralab.models import blocks, replaced_prefix, run_prefix
 from loralab.training.batches import batch_for
+from loralab.training.identity import frozen_hash
 from loralab.training.methods import Trainable
 
 
@@ -24,7 +25,6 @@ class PrefixCache:
         *,
         batch_size: int,
     ) -> None:
-        self._model = model
         self._num_blocks = num_blocks
         self._rows = tuple(rows)  # keeps the objects, and so their identities, alive
         self._hidden: dict[int, Float[Tensor, "tokens width"]] = {}
@@ -35,15 +35,43 @@ class PrefixCache:
             for row, states in zip(members, hidden, strict=True):
                 self._hidden[id(row)] = states[: len(row.input_ids)].clone()
 
-    def in_place_of(self, rows: Sequence[Encoded]) -> AbstractContextManager[object]:
+    def in_place_of(
+        self, model: nn.Module, rows: Sequence[Encoded]
+    ) -> AbstractContextManager[object]:
         """Inside, a forward over `rows` (padded on the right) starts above the cached blocks."""
         hidden = nn.utils.rnn.pad_sequence(
             [self._hidden[id(row)] for row in rows], batch_first=True
         )
-        return replaced_prefix(self._model, self._num_blocks, hidden)
+        return replaced_prefix(model, self._num_blocks, hidden)
 
 
-def build_prefix_cache(trainable: Trainable, rows: Sequence[Encoded]) -> PrefixCache | None:
+class PrefixStore:
+    """Caches that many runs share: the same base, the same frozen blocks, the same rows.
+
+    A cache is made for exactly the rows of a run and never extended, since the bits of a row's
+    hidden states depend on the batch it was computed in.
+    """
+
+    def __init__(self) -> None:
+        self._caches: dict[tuple[object, ...], PrefixCache] = {}
+
+    def __len__(self) -> int:
+        return len(self._caches)
+
+    def cache_for(self, trainable: Trainable, rows: Sequence[Encoded]) -> PrefixCache:
+        """The cache of these rows (the same objects) below the trained blocks, made if need be."""
+        batch_size = trainable.training.evaluation_batch_size
+        num_blocks = trainable.num_frozen_blocks
+        key = (frozen_hash(trainable), num_blocks, batch_size, tuple(id(row) for row in rows))
+        if key not in self._caches:
+            cache = PrefixCache(trainable.model, num_blocks, rows, batch_size=batch_size)
+            self._caches[key] = cache
+        return self._caches[key]
+
+
+def prefix_cache(
+    trainable: Trainable, rows: Sequence[Encoded], store: PrefixStore
+) -> PrefixCache | None:
     """The cache that `training.cache_frozen_prefix` asks for, None where nothing can be cached.
 
     Raises `ConfigError` where the frozen blocks have dropout: without it they would be another
@@ -60,12 +88,7 @@ def build_prefix_cache(trainable: Trainable, rows: Sequence[Encoded]) -> PrefixC
             f"training.cache_frozen_prefix: the frozen part of the model has dropout ({dropping})",
             "set model.dropout = 0, or training.cache_frozen_prefix = false.",
         )
-    return PrefixCache(
-        trainable.model,
-        trainable.num_frozen_blocks,
-        rows,
-        batch_size=trainable.training.evaluation_batch_size,
-    )
+    return store.cache_for(trainable, rows)
 
 
 def _dropouts_below(trainable: Trainable) -> Iterator[str]:
