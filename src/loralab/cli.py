@@ -163,13 +163,15 @@ def train(
     if resume is not None and (recipe is not None or output is not None):
         raise click.UsageError("--resume takes its settings and place from the run alone")
     console = _console(as_json, quiet)
-    config = None if resume else _settings(recipe, overrides, model)
+    if resume is not None:
+        from loralab.runs.train import resume as resume_run
 
-    from loralab.runs.train import resume as resume_run, train as train_run
-
-    if config is None:
         run = resume_run(resume, listen=console.listen)
     else:
+        config = _settings(recipe, overrides, model)
+
+        from loralab.runs.train import train as train_run
+
         run = train_run(config, output, listen=console.listen)
     if as_json:
         console.data(run.summary())

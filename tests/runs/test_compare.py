@@ -70,13 +70,13 @@ def test_the_document_has_what_it_promises(finished):
     methods = {row["method"]: row for row in comparison["methods"]}
     assert set(methods) == set(config.compare.methods)
     for row in methods.values():
-        assert METHOD_KEYS <= row.keys()
+        assert row.keys() >= METHOD_KEYS
         assert row["accuracy"]["low"] <= row["accuracy"]["mean"] <= row["accuracy"]["high"]
         assert row["seeds"] == config.compare.seeds
         assert all(point["validation_nll"] > 0 for point in row["learning_rates"])
     for pairs in (comparison["pairs"], comparison["nll_pairs"]):
         assert len(pairs) == 6
-        assert all(PAIR_KEYS <= pair.keys() for pair in pairs)
+        assert all(pair.keys() >= PAIR_KEYS for pair in pairs)
     assert comparison["winner"] in (None, *methods)
     assert comparison["verdict"].endswith(".")
     assert comparison["steps"] > 0
@@ -152,7 +152,7 @@ def test_causal_models_have_no_head_method(finished, tmp_path):
 
 
 def test_the_table_and_the_paths_are_printed(finished, capsys):
-    config, folder, comparison = finished
+    _, folder, comparison = finished
     columns, rows = comparison_table(comparison)
     assert len(rows) == 4
     assert all(len(row) == len(columns) for row in rows)

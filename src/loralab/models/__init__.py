@@ -7,6 +7,7 @@ from loralab.models.options import Dtype, Task
 from loralab.models.prefix import replaced_prefix, run_prefix
 from loralab.models.presets import PRESETS
 from loralab.models.quiet import quiet
+from loralab.models.resolve import model_folder
 from loralab.models.structure import (
     blocks,
     count_parameters,
@@ -30,6 +31,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "lower_parameters",
+    "model_folder",
     "quiet",
     "replaced_prefix",
     "run_prefix",

@@ -37,10 +37,9 @@ class Entrant:
     """What one method did in the contest."""
 
     method: MethodKind
-    config: RunConfig  # at its best rate, with the first seed
     sweep: Sweep
-    runs: tuple[Run, ...]  # at the best rate, one a seed
-    tried: tuple[Run, ...]  # every run of the sweep that ended
+    runs: tuple[Run, ...]  # at the best rate, one a seed; none where every rate diverged
+    tried: tuple[Run, ...]  # every run of the sweep
     solo: dict[str, Any]
 
 
@@ -144,21 +143,18 @@ class _Contest:
         self.listen(Note(_sweep_line(method, found), warning=not found.bracketed))
         if method == "head" and self.head_rate is None:
             self.head_rate = best
-        if not math.isfinite(found.losses[best]):
-            raise TrainingError(
-                f"every learning rate of {method} diverged: "
-                + ", ".join(f"{rate:g}" for rate in found.losses),
-                f"give smaller rates in compare.learning_rates.{method}.",
-            )
-        runs = tuple(self._run(method, best, seed) for seed in compare.seeds)
+        runs: tuple[Run, ...] = ()
+        if math.isfinite(found.losses[best]):
+            runs = tuple(self._run(method, best, seed) for seed in compare.seeds)
         for run in runs:
-            if not run.has_evaluation("test"):
+            if run.finished and not run.has_evaluation("test"):
                 evaluate(run, workbench=self.bench, listen=self.listen)
+        kept = {run.folder for run in runs[:1]}
         for run in [*tried.values(), *runs]:
-            if run.folder != runs[0].folder:
+            if run.folder not in kept:
                 _drop_large_files(run)
-        config = self._settings(method, best, compare.seeds[0])
-        return Entrant(method, config, found, runs, tuple(tried.values()), self._solo(config))
+        solo = self._solo(self._settings(method, best, compare.seeds[0]))
+        return Entrant(method, found, runs, tuple(tried.values()), solo)
 
     def _settings(self, method: MethodKind, rate: float, seed: int) -> RunConfig:
         return self.config.replace(
@@ -169,33 +165,27 @@ class _Contest:
         )
 
     def _validation_loss(self, method: MethodKind, rate: float, tried: dict[float, Run]) -> float:
-        try:
-            run = tried[rate] = self._run(method, rate, self.config.compare.seeds[0])
-        except TrainingError as error:
-            self.listen(Note(f"{method} at {rate:g} diverged: {error.cause}"))
-            return math.inf
-        return float(run.manifest["best"]["nll"])
+        run = tried[rate] = self._run(method, rate, self.config.compare.seeds[0])
+        return float(run.manifest["best"]["nll"]) if run.finished else math.inf
 
     def _run(self, method: MethodKind, rate: float, seed: int) -> Run:
-        """The run, finished: reused, resumed or trained."""
-        config = self._settings(method, rate, seed)
+        """The run at its end, finished or diverged: reused, resumed or trained."""
         folder = self.folder / "runs" / method / f"rate-{rate:.1e}-seed-{seed}"
         title = f"{method}, rate {rate:g}, seed {seed}"
-        if (folder / MANIFEST).is_file():
+        listen = _only_progress(self.listen, title)
+        try:
+            if not (folder / MANIFEST).is_file():
+                config = self._settings(method, rate, seed)
+                return train(
+                    config, folder, listen=listen, workbench=self.bench, splits=("validation",)
+                )
             run = open_run(folder)
-            if run.finished:
+            if run.finished or run.failed:
                 return run
-            if run.manifest["state"] == "failed":
-                raise TrainingError(run.manifest["cause"], "lower the learning rate.")
-            self.listen(Note(f"continuing {title}"))
-            return resume(folder, listen=_only_progress(self.listen, title), workbench=self.bench)
-        return train(
-            config,
-            folder,
-            listen=_only_progress(self.listen, title),
-            workbench=self.bench,
-            splits=("validation",),
-        )
+            return resume(folder, listen=listen, workbench=self.bench)
+        except TrainingError as error:
+            self.listen(Note(f"{title} diverged: {error.cause}"))
+            return open_run(folder)
 
     def _solo(self, config: RunConfig) -> dict[str, Any]:
         """Memory and time of a run alone in a fresh process, measured once."""

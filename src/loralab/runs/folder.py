@@ -35,6 +35,11 @@ class Run:
         return self.manifest["state"] == "finished"
 
     @property
+    def failed(self) -> bool:
+        """Whether training ended in numbers that are none."""
+        return self.manifest["state"] == "failed"
+
+    @property
     def artifact(self) -> Path:
         """The trained adapter's or model's folder. Raises `RunError` where there is none."""
         for name in ARTIFACTS:
@@ -44,6 +49,11 @@ class Run:
             raise RunError(
                 f"{self.folder}: its trained weights were removed after it was evaluated",
                 "train it again in a new folder with the same config.toml.",
+            )
+        if self.failed:
+            raise RunError(
+                f"{self.folder}: the run failed: {self.manifest['cause']}",
+                "train it again in a new folder, with a lower learning rate.",
             )
         raise RunError(
             f"{self.folder}: the run is not finished",

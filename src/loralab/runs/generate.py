@@ -73,9 +73,8 @@ def _continue(
     tokenizer = load_tokenizer(run.config.model.name)
     text = prompt
     if run.manifest["data"].get("form") == "messages" and tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        turns = [{"role": "user", "content": prompt}]
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     device = next(model.parameters()).device
     inputs = tokenizer(text, return_tensors="pt").to(device)
     sampling: dict[str, Any] = {"do_sample": False}

@@ -1,13 +1,13 @@
 """What the runs of a comparison wrote -> the evidence room's values, and back as plain data."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from loralab.config import RunConfig
 from loralab.data import Example
+from loralab.errors import TrainingError
 from loralab.evidence import (
     MethodResult,
     RatePoint,
@@ -16,6 +16,7 @@ from loralab.evidence import (
     build_comparison,
 )
 from loralab.runs.folder import Run
+from loralab.runs.train import ARTIFACT_OF
 from loralab.runs.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -29,10 +30,11 @@ def comparison_of(
     config: RunConfig, bench: Workbench, entrants: "Sequence[Entrant]"
 ) -> dict[str, Any]:
     """comparison.json's content from the entrants' runs."""
-    parameters = min(entrant.runs[0].manifest["base_parameters"] for entrant in entrants)
+    first = _first_finished(run for entrant in entrants for run in entrant.runs)
+    parameters = first.manifest["base_parameters"]
     comparison = build_comparison(
         [_result(entrant) for entrant in entrants],
-        _test_set(config, bench, entrants[0].runs[0]),
+        _test_set(config, bench, first),
         data_facts=bench.facts,
         settings=config.model_dump(exclude_none=True),
         base_bytes=parameters * BYTES_PER_PARAMETER[config.model.dtype],
@@ -41,17 +43,16 @@ def comparison_of(
     texts = {example.id: example for example in bench.dataset.test}
     for row in comparison["disagreements"]:
         row["text"] = _text(texts[row["id"]])
-    first = entrants[0].runs[0].manifest
-    return comparison | {
-        "order_hash": first["order_hash"],
-        "machine": first["machine"],
-        "versions": first["versions"],
-    }
+    shared = ("order_hash", "machine", "versions")
+    return comparison | {key: first.manifest[key] for key in shared}
 
 
 def loss_curves(entrants: "Sequence[Entrant]") -> dict[str, list[dict[str, Any]]]:
     """Training and validation losses of every run, by method, for the report."""
-    return {entrant.method: [_curve(run) for run in _all_runs(entrant)] for entrant in entrants}
+    return {
+        entrant.method: [_curve(run) for run in _all_runs(entrant) if run.finished]
+        for entrant in entrants
+    }
 
 
 def _all_runs(entrant: "Entrant") -> list[Run]:
@@ -59,26 +60,24 @@ def _all_runs(entrant: "Entrant") -> list[Run]:
 
 
 def _result(entrant: "Entrant") -> MethodResult:
-    first = entrant.runs[0].manifest
+    facts = entrant.tried[0].manifest
+    finished = [run for run in _all_runs(entrant) if run.finished]
+    stored = finished[0].manifest if finished else {}
     tried = {run.config.training.learning_rate: run for run in entrant.tried}
     return MethodResult(
         method=entrant.method,
-        trainable_parameters=first["trainable_parameters"],
-        total_parameters=first["total_parameters"],
-        rates=tuple(
-            _rate_point(rate, tried[rate]) for rate in entrant.sweep.losses if rate in tried
-        ),
-        best_learning_rate=entrant.sweep.best_rate,
+        trainable_parameters=facts["trainable_parameters"],
+        total_parameters=facts["total_parameters"],
+        rates=tuple(_rate_point(rate, run) for rate, run in sorted(tried.items()) if run.finished),
+        best_learning_rate=entrant.sweep.best_rate if entrant.runs else None,
         bracketed=entrant.sweep.bracketed,
-        seeds=tuple(_seed_predictions(run) for run in entrant.runs),
+        seeds=tuple(_seed_predictions(run, entrant.runs) for run in entrant.runs),
         peak_bytes=entrant.solo["peak_bytes"],
         step_seconds=entrant.solo["step_seconds"],
-        artifact_bytes=first["artifact_bytes"],
-        artifact_needs_base=first["artifact"] != "model",
-        steps=first["steps_done"],
-        diverged_rates=tuple(
-            rate for rate, loss in entrant.sweep.losses.items() if not math.isfinite(loss)
-        ),
+        artifact_bytes=stored.get("artifact_bytes", 0),
+        artifact_needs_base=ARTIFACT_OF[entrant.method] != "model",
+        steps=stored.get("steps_done", 0),
+        diverged_rates=tuple(rate for rate, run in sorted(tried.items()) if not run.finished),
     )
 
 
@@ -87,7 +86,12 @@ def _rate_point(rate: float, run: Run) -> RatePoint:
     return RatePoint(rate, best["nll"], best["accuracy"], run.folder.name)
 
 
-def _seed_predictions(run: Run) -> SeedPredictions:
+def _seed_predictions(run: Run, runs: Sequence[Run]) -> SeedPredictions:
+    """A seed's answers; of a seed that diverged, answers that nobody can take for good ones."""
+    seed = run.config.training.seed
+    if not run.finished:
+        num_rows = len(_first_finished(runs).predictions("test"))
+        return SeedPredictions(seed, np.zeros(num_rows, dtype=int), np.full(num_rows, np.inf))
     rows = run.predictions("test")
     if run.config.model.task == "causal":
         answers = [int(row["exact"]) for row in rows]
@@ -95,7 +99,17 @@ def _seed_predictions(run: Run) -> SeedPredictions:
     else:
         answers = [row["prediction"] for row in rows]
         nll = [row["nll"] for row in rows]
-    return SeedPredictions(run.config.training.seed, np.array(answers), np.array(nll))
+    return SeedPredictions(seed, np.array(answers), np.array(nll))
+
+
+def _first_finished(runs: Iterable[Run]) -> Run:
+    found = next((run for run in runs if run.finished), None)
+    if found is None:
+        raise TrainingError(
+            "no method has a run that ended in finite numbers",
+            "give smaller rates in compare.learning_rates.",
+        )
+    return found
 
 
 def _test_set(config: RunConfig, bench: Workbench, run: Run) -> TestSet:

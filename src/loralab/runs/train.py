@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
 
 from loralab.adapters import count_parameters, save_adapter
 from loralab.config import RunConfig
 from loralab.errors import Interrupted, RunError, TrainingError
 from loralab.events import Listener, Note, Phase, Progress, ignore
 from loralab.files import replacing
+from loralab.models import quiet
 from loralab.reports import write_run_report
 from loralab.runs.card import model_card
 from loralab.runs.describe import run_report
@@ -145,10 +148,10 @@ def _fit(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> 
 
 def _save(run: Run, bench: Workbench, trainable: Trainable) -> dict[str, Any]:
     """Save what was trained: an adapter in PEFT's format, a transformers folder, or the head."""
-    kind = ARTIFACT_OF[run.config.method.kind]
+    kind, model = ARTIFACT_OF[run.config.method.kind], trainable.model
     folder = run.folder / kind
     if trainable.route:
-        save_adapter(trainable.model, trainable.route, folder)
+        save_adapter(model, trainable.route, folder)
     else:
         with replacing(folder) as aside:
             aside.mkdir()
@@ -156,10 +159,16 @@ def _save(run: Run, bench: Workbench, trainable: Trainable) -> dict[str, Any]:
                 trained = {n: p.detach().contiguous() for n, p in trainable.parameters.items()}
                 save_file(trained, aside / HEAD_FILE)
             else:
-                trainable.model.save_pretrained(aside)
-                bench.tokenizer.save_pretrained(aside)
+                _save_model(model, bench, aside)
     weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return {"artifact": kind, "artifact_bytes": weights}
+
+
+def _save_model(model: nn.Module, bench: Workbench, folder: Path) -> None:
+    assert isinstance(model, PreTrainedModel)  # what the models room loads
+    with quiet():
+        model.save_pretrained(folder)
+        bench.tokenizer.save_pretrained(folder)
 
 
 def _describe(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:

@@ -33,7 +33,8 @@ class Workbench:
     def facts(self) -> dict[str, Any]:
         """What a report states of the rows: sources, counts, what was left out, what was cut."""
         tokens = {split: encoding_facts(self.rows[split]) for split in SPLITS}
-        return {**self.dataset.facts, "tokens": tokens}
+        form = "messages" if self.dataset.train[0].messages is not None else "text"
+        return {**self.dataset.facts, "form": form, "tokens": tokens}
 
     def encode(self, examples: tuple) -> list[Encoded]:
         """Examples as this run's model reads them."""
