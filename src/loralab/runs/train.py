@@ -130,7 +130,9 @@ def _fit(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> 
     sinks: list[Sink] = []
     rows = bench.rows
     try:
-        for event in fit(trainable, rows["train"], rows["validation"], run.folder):
+        for event in fit(
+            trainable, rows["train"], rows["validation"], run.folder, prefixes=bench.prefixes
+        ):
             if isinstance(event, Started):
                 settings = run.config.model_dump()
                 sinks = open_sinks(run.config.training.sinks, run.folder, settings, step=event.step)

@@ -1,6 +1,6 @@
 """What a run stands on: its rows, read and encoded once, and its model, loaded fresh."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ from loralab.config import RunConfig
 from loralab.data import Dataset, Encoded, encode, encoding_facts, load_dataset
 from loralab.events import Listener, Note, Phase
 from loralab.models import load_model, load_tokenizer
-from loralab.training import Trainable, prepare, stream_seed
+from loralab.training import PrefixStore, Trainable, prepare, stream_seed
 
 SPLITS = ("train", "validation", "test")
 
@@ -23,6 +23,7 @@ class Workbench:
     config: RunConfig
     dataset: Dataset
     tokenizer: PreTrainedTokenizerBase
+    prefixes: PrefixStore = field(default_factory=PrefixStore)
 
     @cached_property
     def rows(self) -> dict[str, list[Encoded]]:

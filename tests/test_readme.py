@@ -1,0 +1,83 @@
+"""Every command and every line of Python in the README works.
+
+The fast test runs them with fewer rows and steps; the slow one, and `make demo`, as they stand.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loralab.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.removeprefix("$ ").partition("  #")[0].strip()
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("$ ")
+]
+FEWER = ["data.train_rows=48", "data.validation_rows=32", "data.test_rows=32", "training.epochs=1"]
+GRIDS = [f"compare.learning_rates.{m}=[1e-3, 3e-3]" for m in ("head", "lora", "frozen", "full")]
+SMALL = {
+    "train": FEWER,
+    "compare": [*FEWER, *GRIDS, "compare.max_extensions=0", "compare.measured_steps=1"],
+}
+
+
+def test_the_readme_has_the_commands_this_test_runs():
+    assert [command for command in COMMANDS if command.startswith("make")] == [
+        "make demo",
+        "make test",
+    ]
+    assert {command.split()[1] for command in COMMANDS if command.startswith("loralab")} >= {
+        "fetch",
+        "init",
+        "doctor",
+        "train",
+        "evaluate",
+        "generate",
+        "compare",
+    }
+
+
+def test_the_tour_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in COMMANDS:
+        program, *arguments = shlex.split(command)
+        if program == "loralab":
+            smaller = SMALL.get(arguments[0], [])
+            assert main([*arguments, *smaller]) == 0, (command, capsys.readouterr().err)
+
+
+def test_the_python_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(block, "README.md", "exec"), {})  # the README is ours
+    assert (tmp_path / "reviews-adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_tour_works_as_it_stands(tmp_path):
+    for command in COMMANDS:
+        if command.startswith("loralab"):
+            program = [sys.executable, "-m", *shlex.split(command)]
+            subprocess.run(program, cwd=tmp_path, check=True, timeout=3600)
+
+
+@pytest.mark.slow
+def test_the_demo_works_and_again_in_seconds(tmp_path):
+    command = [sys.executable, "-m", "loralab", "compare", "demo", "--output", "runs/demo"]
+    first = subprocess.run(
+        command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=3600
+    )
+    assert "runs/demo/comparison.json" in first.stdout
+    assert "runs/demo/report.html" in first.stdout
+    again = subprocess.run(
+        command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=15
+    )
+    assert again.stdout == first.stdout
