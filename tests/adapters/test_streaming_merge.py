@@ -110,7 +110,7 @@ def test_grouped_factors_are_written_group_by_group():
     change = Change(A, B, 0.5, groups=2)
     weight, total = torch.randn(8, 3, 2), torch.zeros(8, 6)
     for rows, part in _Weight("w", change, True).blocks(tuple(weight.shape)):
-        part.add_to(total[rows])
+        part.add(torch.zeros(4, 6), total[rows])
     expected = 0.5 * torch.cat([B[:4] @ A[:2], B[4:] @ A[2:]])
     assert torch.allclose(total, expected, atol=1e-6)
 

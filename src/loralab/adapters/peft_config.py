@@ -1,7 +1,7 @@
 """`adapter_config.json`, PEFT's words for our settings, both ways."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from loralab.adapters.adapter import Adapter
@@ -19,6 +19,7 @@ INERT = frozenset(
 )
 # initialisers that changed the base, so that the factors fit no untouched base
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+REQUIRED = frozenset({"r", "lora_alpha"})  # present and null is a fault
 BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
 TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -28,6 +29,7 @@ TASK_TYPES = {
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+KNOWN_TASKS = (*dict.fromkeys(TASK_TYPES.values()), "FEATURE_EXTRACTION")
 
 
 def from_peft(raw: Any, faults: list[str]) -> LoRAConfig | None:
@@ -149,41 +151,65 @@ def _with_exceptions(values: Mapping[str, Any], usual: Any) -> tuple[Any, dict[s
 
 
 def _check_types(raw: Mapping[str, Any], faults: list[str]) -> None:
-    """Names every value whose kind would make reading fail."""
-    rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        faults.append(f"r is {rank!r}, not a whole number")
-    for key, value in (("lora_alpha", alpha), ("lora_dropout", raw.get("lora_dropout") or 0.0)):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            faults.append(f"{key} is {value!r}, not a finite number")
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
-        value = raw.get(key)
-        if not (value is None or isinstance(value, str) or _is_list(value, str)):
-            faults.append(f"{key} is {value!r}, neither a string nor a list of strings")
+    """Names every value of the wrong kind, so that nothing later stumbles over it."""
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "r": (_is_whole, "a whole number"),
+        "lora_alpha": (_is_number, "a finite number"),
+        "lora_dropout": (_is_number, "a finite number"),
+        "use_rslora": (_is_flag, "true or false"),
+        "use_dora": (_is_flag, "true or false"),
+        "fan_in_fan_out": (_is_flag, "true or false"),
+        "target_modules": (_is_names, "a string or a list of strings"),
+        "exclude_modules": (_is_names, "a string or a list of strings"),
+        "modules_to_save": (_is_names, "a string or a list of strings"),
+        "rank_pattern": (lambda value: _is_table(value, _is_whole), "a table of whole numbers"),
+        "alpha_pattern": (lambda value: _is_table(value, _is_number), "a table of numbers"),
+        "layers_to_transform": (_is_indices, "a list of whole numbers"),
+        "trainable_token_indices": (
+            lambda value: _is_indices(value) or _is_table(value, _is_indices),
+            "a list of row numbers or a table of such lists",
+        ),
+        "bias": (lambda value: value in BIASES, f"one of {', '.join(BIASES)}"),
+        "task_type": (lambda value: value in KNOWN_TASKS, f"one of {', '.join(KNOWN_TASKS)}"),
+        "base_model_name_or_path": (lambda value: isinstance(value, str), "a string"),
+        "init_lora_weights": (lambda value: isinstance(value, bool | str), "a flag or a word"),
+    }
     faults.extend(
-        f"{key} is {raw[key]!r}, not a table"
-        for key in ("rank_pattern", "alpha_pattern")
-        if not isinstance(raw.get(key) or {}, dict)
+        f"{key} is {raw[key]!r}, not {wanted}"
+        for key, (fits, wanted) in kinds.items()
+        if key in raw and not (raw[key] is None and key not in REQUIRED) and not fits(raw[key])
     )
-    layers = raw.get("layers_to_transform")
-    if not (layers is None or isinstance(layers, int) or _is_list(layers, int)):
-        faults.append(f"layers_to_transform is {layers!r}, not a list of numbers")
-    tokens = raw.get("trainable_token_indices")
-    table = isinstance(tokens, dict) and all(_is_list(rows, int) for rows in tokens.values())
-    if not (tokens is None or table or _is_list(tokens, int)):
-        faults.append(f"trainable_token_indices is {tokens!r}, no table of row numbers")
-    if (raw.get("bias") or "none") not in BIASES:
-        faults.append(f"bias is {raw['bias']!r}; known: {', '.join(BIASES)}")
-    task = raw.get("task_type")
-    if not (task is None or isinstance(task, str)):
-        faults.append(f"task_type is {task!r}, not a word")
     faults.extend(
         f"{key} holds {value!r}, a path that climbs out of its folder"
         for key in ("base_model_name_or_path", "modules_to_save")
         for value in _listed(raw.get(key))
         if isinstance(value, str) and ".." in value.split("/")
     )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or _is_list(value, str)
+
+
+def _is_indices(value: Any) -> bool:
+    return _is_whole(value) or (_is_list(value, int) and all(map(_is_whole, value)))
+
+
+def _is_table(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(fits, value.values()))
 
 
 def _is_list(value: Any, kind: type) -> bool:
@@ -203,4 +229,5 @@ def _numbers(value: Any) -> list[int] | None:
 def _token_rows(value: Any) -> dict[str, list[int]]:
     if value is None:
         return {}
-    return value if isinstance(value, dict) else {"embed_tokens": value}
+    table = value if isinstance(value, dict) else {"embed_tokens": value}
+    return {module: _listed(rows) for module, rows in table.items()}

@@ -13,7 +13,7 @@ from loralab.adapters.fingerprint import check_fingerprint, fingerprint
 from loralab.adapters.hosting import host_of, plain_copy, plain_tensors
 from loralab.adapters.installing import Installer, bias_of
 from loralab.adapters.peft_format import read_adapter, write_adapter
-from loralab.adapters.targets import walk
+from loralab.adapters.targets import missing_targets, walk
 from loralab.errors import AdapterError
 
 
@@ -47,6 +47,10 @@ def install(
         *_faults_of_rows(adapter, modules),
         *_faults_of_biases(biases, modules),
         *_faults_of_repeated(adapter, modules),
+        *(
+            f"{path}: the config targets it, the adapter has no pair for it"
+            for path in missing_targets(modules, adapter.config, adapter.pairs)
+        ),
     ]
     if faults:
         shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])

@@ -112,8 +112,8 @@ def _merge(buffer: object, entry: Entry, weight: _Weight) -> WeightError:
     values = view(buffer, entry).flatten(1)  # pyright: ignore[reportArgumentType]
     for rows, change in weight.blocks(entry.shape):
         old = values[rows].clone()
-        total = old.to(torch.promote_types(old.dtype, torch.float32), copy=True)
-        change.add_to(_oriented(total, weight))
+        total = torch.empty_like(old, dtype=torch.promote_types(old.dtype, torch.float32))
+        change.add(_oriented(old, weight), _oriented(total, weight))
         values[rows] = total.to(old.dtype)
         found += weight_error(_oriented(old, weight), _oriented(values[rows], weight), change)
     return found

@@ -1,7 +1,7 @@
 """Which modules a config means: names, suffixes, regular expressions, "all-linear"."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 from torch import nn
@@ -66,6 +66,25 @@ def select(model: nn.Module, config: LoRAConfig) -> tuple[list[str], list[str]]:
         )
     outermost = [name for name in whole if not any(_within(name, o) for o in whole if o != name)]
     return chosen, outermost
+
+
+def missing_targets(
+    modules: Mapping[str, nn.Module], config: LoRAConfig, pairs: Iterable[str]
+) -> list[str]:
+    """Modules that the config's own words target, but that have no pair."""
+    if config.targets == "all-linear" or config.layers is not None:
+        return []  # these words depend on the model they were first said of
+    if isinstance(config.targets, str):
+        expression = re.compile(config.targets)
+        found = [name for name in modules if expression.fullmatch(name)]
+    else:
+        found = list(_by_suffix(config.targets, modules, "", []))
+    excluded = {
+        *pairs,
+        *_by_suffix(config.exclude, modules, "", []),
+        *(n for n in found if any(n.endswith(w) or f"{w}." in n for w in config.whole_modules)),
+    }
+    return [n for n in found if n not in excluded and path_of(modules[n]) is not None]
 
 
 def _targeted(
