@@ -4,6 +4,7 @@ from loralab.adapters.adapter import Adapter, Layer
 from loralab.adapters.algebra import Combination, combination, combine
 from loralab.adapters.attaching import attach, detach
 from loralab.adapters.certificate import MergeCertificate
+from loralab.adapters.data_driven import eva_starts, lora_ga_starts
 from loralab.adapters.extracting import adapter_parameters, count_parameters, extract
 from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.merge import merge, merge_in_place, restore, save_merged
@@ -13,14 +14,17 @@ from loralab.adapters.rows import declare_rows
 from loralab.adapters.saving import install, load_adapter, save_adapter
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.streaming_merge import merge_checkpoint
+from loralab.adapters.tree import Choice, Tree, targets
 from loralab.adapters.using import hosted, use
 
 __all__ = [
     "Adapter",
+    "Choice",
     "Combination",
     "Layer",
     "LoRAConfig",
     "MergeCertificate",
+    "Tree",
     "adapter_parameters",
     "attach",
     "carry",
@@ -30,11 +34,13 @@ __all__ = [
     "count_parameters",
     "declare_rows",
     "detach",
+    "eva_starts",
     "extract",
     "fingerprint",
     "hosted",
     "install",
     "load_adapter",
+    "lora_ga_starts",
     "merge",
     "merge_checkpoint",
     "merge_in_place",
@@ -42,6 +48,7 @@ __all__ = [
     "restore",
     "save_adapter",
     "save_merged",
+    "targets",
     "use",
     "write_adapter",
 ]

@@ -22,9 +22,10 @@ class MergeCertificate:
     relative_error: `||merged - (W + delta)||_F / ||delta||_F` over all adapted weights.
     unchanged_share: the share of adapted weights that the rounding left as they were.
     logit_kl, top1_agreement, effect_kept: on probes, against the adapter applied in fp32; None
-        where nothing was probed. `effect_kept` is 1 - KL(reference, merged) / KL(reference, base):
-        1 when the merged model is the adapted one, 0 when it is as far off as the base.
-    separate_effect_kept: the same for the adapter kept apart from the base, in the base's dtype.
+        where nothing was probed. `effect_kept` is 1 - logit_kl / adapter_kl: 1 when the merged model
+        is the adapted one, 0 when it is at least as far off as the base alone.
+    adapter_kl: the adapter's own effect, KL(reference, base), both in fp32 (nats a position).
+    separate_effect_kept: `effect_kept` of the adapter kept apart from the base, in its dtype.
     base_sha256, adapter_sha256: of the contents, whatever files hold them.
     limit, forced: the share of the effect that was allowed to be lost, and whether more was lost.
     """
@@ -36,6 +37,7 @@ class MergeCertificate:
     base_sha256: str
     adapter_sha256: str
     logit_kl: float | None = None
+    adapter_kl: float | None = None
     top1_agreement: float | None = None
     effect_kept: float | None = None
     separate_effect_kept: float | None = None
@@ -59,6 +61,7 @@ def effect_facts(effect: Effect | None) -> dict[str, Any]:
         return {}
     return {
         "logit_kl": effect.kl_merged,
+        "adapter_kl": effect.kl_base,
         "top1_agreement": effect.top1_agreement,
         "effect_kept": effect.kept(effect.kl_merged),
         "separate_effect_kept": effect.kept(effect.kl_separate),

@@ -27,10 +27,10 @@ class Effect:
     num_positions: int
 
     def kept(self, divergence: float) -> float:
-        """`1 - divergence / kl_base`; 1 for an adapter that changes nothing."""
+        """`1 - divergence / kl_base`, at least 0; 1 for an adapter that changes nothing."""
         if self.kl_base <= 0:
             return 1.0
-        return 1 - divergence / self.kl_base
+        return max(0.0, 1 - divergence / self.kl_base)
 
 
 def measure_effect(
