@@ -22,8 +22,8 @@ class MergeCertificate:
     relative_error: `||merged - (W + delta)||_F / ||delta||_F` over all adapted weights.
     unchanged_share: the share of adapted weights that the rounding left as they were.
     logit_kl, top1_agreement, effect_kept: on probes, against the adapter applied in fp32; None
-        where nothing was probed. `effect_kept` is 1 - logit_kl / adapter_kl: 1 when the merged model
-        is the adapted one, 0 when it is at least as far off as the base alone.
+        where nothing was probed. `effect_kept` is 1 - logit_kl / adapter_kl: 1 when the merged
+        model is the adapted one, 0 when it is at least as far off as the base alone.
     adapter_kl: the adapter's own effect, KL(reference, base), both in fp32 (nats a position).
     separate_effect_kept: `effect_kept` of the adapter kept apart from the base, in its dtype.
     base_sha256, adapter_sha256: of the contents, whatever files hold them.
