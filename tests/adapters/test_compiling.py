@@ -24,7 +24,10 @@ ROUTES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "whole"), [("llama", "lm_head"), ("bert", "classifier")])
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [("llama", "lm_head"), pytest.param("bert", "classifier", marks=pytest.mark.slow)],
+)
 def test_twenty_routes_compile_once(name: str, whole: str) -> None:
     torch._dynamo.reset()
     model, batch = build(name), inputs(name, 4)

@@ -7,7 +7,7 @@ hosts; all of them are computed and weighted. Any route then runs the same code.
 
 import itertools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, cast, no_type_check
 from weakref import WeakValueDictionary
 
 import torch
@@ -58,6 +58,7 @@ def _(x: Tensor, bank: int, names: str, training: bool) -> Tensor:
     return x.new_empty(x.shape[0], len(names.split("/")), dtype=torch.float32)
 
 
+@no_type_check
 def follow_compiled(
     module: nn.Module,
     bank: Any,
@@ -70,7 +71,7 @@ def follow_compiled(
     y = base(*args, **kwargs)
     names = list(bank._modules)
     training = module.training and torch.is_grad_enabled()
-    weights = row_weights(x, bank.number, "/".join(names), training).to(y.dtype)
+    weights = row_weights(x.detach(), bank.number, "/".join(names), training).to(y.dtype)
     added = y
     for column, name in enumerate(names):
         item = as_addition(bank.get(name))

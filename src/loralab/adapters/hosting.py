@@ -6,7 +6,7 @@ own class and gains a child `adapters`. So nothing else in the model has to know
 
 import functools
 from collections.abc import Iterator
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, cast, no_type_check
 
 import torch
 from torch import nn
@@ -88,6 +88,7 @@ class Adapted(nn.Module):
     adapters: Bank
     base_class: ClassVar[type[nn.Module]]
 
+    @no_type_check
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return follow_compiled(self, self.adapters, super().forward, args, kwargs)

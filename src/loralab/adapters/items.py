@@ -3,7 +3,7 @@
 All parameters are fp32, whatever the base's dtype; they compute in the dtype of the layer's output.
 """
 
-from typing import Any, cast
+from typing import Any, cast, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +52,14 @@ class Pair(nn.Module):
     dropout: float | int
     layer: Layer
 
+    @no_type_check
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the whole delta on the untouched base; the rank doubles where it was moved."""
         if self.first_A is None or self.first_B is None:
             return self.A, self.B
         return torch.cat([self.A, self.first_A]), torch.cat([self.B, -self.first_B], dim=1)
 
+    @no_type_check
     def delta(
         self, module: nn.Module, path: Path, x: Tensor, y: Tensor, weight: float | Tensor
     ) -> Tensor:
@@ -84,6 +86,7 @@ class Pair(nn.Module):
         return f"{columns} -> {rank} -> {self.B.shape[0]}, scale={self.scale:g}"
 
 
+@no_type_check
 def weight_norm(
     weight: Float[Tensor, "out in"],
     A: Float[Tensor, "rank in"],
@@ -118,6 +121,7 @@ class Rows(nn.Module):
         self.rows = nn.Parameter(rows)
         self.register_buffer("indices", indices, persistent=False)
 
+    @no_type_check
     def delta(
         self, module: nn.Module, path: Path, x: Tensor, y: Tensor, weight: float | Tensor
     ) -> Tensor:
@@ -160,6 +164,7 @@ def replacements(item: nn.Module) -> dict[str, Tensor]:
     return {**dict(item.named_parameters()), **dict(item.named_buffers())}
 
 
+@no_type_check
 def as_addition(item: Any) -> Pair | Rows | None:
     """The item, where it adds to the module's output."""
     return item if isinstance(item, Pair | Rows) else None

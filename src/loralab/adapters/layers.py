@@ -1,11 +1,14 @@
 """The low-rank path of each kind of layer: `A` shrinks the input to the rank, `B` expands it.
 
 A: (rank, in), B: (out, rank), whatever the layer; a convolution's A is its kernel, flattened.
+
+What runs inside `torch.compile` is marked `no_type_check`: checks of types at run time, as the
+tests do them, would be traced and compiled too.
 """
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from typing import Any, cast, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +38,7 @@ class Path(ABC):
     def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
         """`B hidden`: shaped like the layer's output."""
 
+    @no_type_check
     def per_output(self, values: Float[Tensor, "out"], y: Tensor) -> Tensor:
         """One value an output, shaped to meet the layer's output `y`."""
         return values
@@ -43,16 +47,20 @@ class Path(ABC):
 class LinearPath(Path):
     """nn.Linear; the weight is (out, in)."""
 
+    @no_type_check
     def features(self, module: nn.Module) -> tuple[int, int]:
         rows, columns = cast(Tensor, module.weight).shape
         return rows, columns
 
+    @no_type_check
     def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
         return cast(Tensor, module.weight)
 
+    @no_type_check
     def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         return F.linear(x, A)
 
+    @no_type_check
     def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
         return F.linear(hidden, B)
 
@@ -60,10 +68,12 @@ class LinearPath(Path):
 class TransposedPath(LinearPath):
     """transformers' Conv1D: a linear layer whose weight is (in, out)."""
 
+    @no_type_check
     def features(self, module: nn.Module) -> tuple[int, int]:
         rows, columns = cast(Tensor, module.weight).shape
         return columns, rows
 
+    @no_type_check
     def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
         return cast(Tensor, module.weight).mT
 
@@ -71,13 +81,16 @@ class TransposedPath(LinearPath):
 class EmbeddingPath(LinearPath):
     """nn.Embedding: a linear layer on one-hot inputs whose weight (in, out) is looked up."""
 
+    @no_type_check
     def features(self, module: nn.Module) -> tuple[int, int]:
         rows, columns = cast(Tensor, module.weight).shape
         return columns, rows
 
+    @no_type_check
     def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
         return cast(Tensor, module.weight).mT
 
+    @no_type_check
     def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         embedding = cast(nn.Embedding, module)
         return F.embedding(x, A.mT, embedding.padding_idx, None, 2.0, False, False)
@@ -90,13 +103,16 @@ class ConvolutionPath(Path):
     of B, so that the delta is a kernel of the base's shape.
     """
 
+    @no_type_check
     def features(self, module: nn.Module) -> tuple[int, int]:
         weight = cast(Tensor, module.weight)
         return weight.shape[0], math.prod(weight.shape[1:])
 
+    @no_type_check
     def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
         return cast(Tensor, module.weight).flatten(1)
 
+    @no_type_check
     def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         conv: Any = module
         kernel = A.view(A.shape[0], *conv.weight.shape[1:])
@@ -105,9 +121,11 @@ class ConvolutionPath(Path):
         # the base's own method, so that padding modes are its own too
         return conv._conv_forward(x, kernel, None)
 
+    @no_type_check
     def per_output(self, values: Float[Tensor, "out"], y: Tensor) -> Tensor:
         return values.view(-1, *(1 for _ in y.shape[2:]))
 
+    @no_type_check
     def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
         conv: Any = module
         pointwise = B.view(*B.shape, *(1 for _ in conv.kernel_size))
@@ -118,16 +136,20 @@ class ConvolutionPath(Path):
 class AttentionPath(Path):
     """nn.MultiheadAttention's packed projection: only its weight is read (see `attention`)."""
 
+    @no_type_check
     def features(self, module: nn.Module) -> tuple[int, int]:
         rows, columns = cast(Tensor, module.in_proj_weight).shape
         return rows, columns
 
+    @no_type_check
     def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
         return cast(Tensor, module.in_proj_weight)
 
+    @no_type_check
     def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         return F.linear(x, A)
 
+    @no_type_check
     def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
         return F.linear(hidden, B)
 
@@ -146,6 +168,7 @@ _PATHS: tuple[tuple[type[nn.Module], Path, Kind], ...] = (
 )
 
 
+@no_type_check
 def path_of(module: nn.Module) -> Path | None:
     """How a pair is applied to this module; None where no low-rank form is known."""
     path = next((path for kind, path, _ in _PATHS if isinstance(module, kind)), None)
@@ -167,6 +190,7 @@ def is_linear(module: nn.Module) -> bool:
     return packed or isinstance(module, nn.Linear | Conv1D)
 
 
+@no_type_check
 def low_rank(
     module: nn.Module,
     path: Path,

@@ -8,7 +8,7 @@ can have, and every hosting module notes where that number turns up.
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,7 @@ def move_rows_first(x: Tensor, dimension: int) -> Tensor:
     return x.transpose(0, dimension) if dimension else x
 
 
+@no_type_check
 def probe_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward pre-hook of a hosting model: looks where the rows are, once a kind of input."""
     if torch.compiler.is_compiling():
