@@ -21,6 +21,7 @@ peft_best: PEFT with `low_cpu_mem_usage=True`, its fastest way to load.
 
 import argparse
 import copy
+import gc
 import json
 import platform
 import statistics
@@ -154,8 +155,12 @@ def _measure_merging(base: nn.Module, adapter: Path, repeats: int, result: dict[
     def merge_theirs() -> None:
         made["theirs"] = copy.deepcopy(theirs).merge_and_unload()
 
-    (result["merge_ms"], result["peft"]["merge_ms"]) = _take_turns(
-        [(merge, made.clear), (merge_theirs, made.clear)], repeats
+    def forget() -> None:
+        made.clear()
+        gc.collect()  # copies of models are cycles: each library frees its own, untimed
+
+    result["merge_ms"], result["peft"]["merge_ms"] = _take_turns(
+        [(merge, forget), (merge_theirs, forget)], repeats
     )
     in_place = [
         (lambda: merge_in_place(ours, "a"), lambda: restore(ours)),
