@@ -57,9 +57,9 @@ def attach(
     faults: list[str] = []
     rows = token_modules(modules, config.token_rows, faults)
     faults += [f"{path} is targeted and has token_rows" for path in rows if path in pairs]
-    if config.dropout:
+    if config.dropout or config.dora:
         faults += [
-            f"{path} cannot drop inputs: its projections are packed weights"
+            f"{path} takes neither dropout nor DoRA: its projections are weights without a module"
             for path in pairs
             if isinstance(modules[path], nn.MultiheadAttention)
         ]

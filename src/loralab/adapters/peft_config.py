@@ -118,7 +118,9 @@ def target_modules(adapter: Adapter) -> list[str] | str:
     PEFT matches every module of the model against suffixes; `facts["modules"]` lists the last
     parts of names that occur outside the adapter too and so are of no use.
     """
-    paths = sorted(adapter.pairs)
+    # PEFT adapts an attention's output projection together with the attention
+    inner = {f"{path}.out_proj" for path in adapter.pairs}
+    paths = sorted(path for path in adapter.pairs if path not in inner)
     avoid = set(adapter.facts.get("ambiguous", "").split())
     suffixes = sorted({path.rpartition(".")[2] for path in paths})
     if "model_class" in adapter.facts and not avoid.intersection(suffixes):

@@ -6,7 +6,7 @@ A folder is read as a whole before anything is made of it: every fault goes into
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ FACTORS = {  # ending of a key -> (which factor, of what)
     ".lora_magnitude_vector.weight": ("magnitude", "layer"),
 }
 TOKENS = ".token_adapter.trainable_tokens_delta"
+# PEFT 0.21 adds the delta of an attention's output projection twice: its `merge` writes the merged
+# weight and then merges the inner layer once more. So B is halved and doubled on the way.
+PEFT_APPLIES_OUT_PROJ = 2
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -73,8 +76,12 @@ def _write_files(folder: Path, data: bytes, config: Mapping[str, Any]) -> None:
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names and in PEFT's shapes."""
     tensors: dict[str, Tensor] = {}
-    for name, (A, B) in adapter.pairs.items():
-        layer = adapter.layer(name)
+    for path, (A, B) in adapter.pairs.items():
+        layer = adapter.layer(path)
+        name = _peft_name(adapter, path)
+        if _is_inner(path, adapter.pairs):
+            owner = path.removesuffix(".out_proj")  # PEFT gives both the owner's scale
+            B = B * (adapter.scale(path) / adapter.scale(owner) / PEFT_APPLIES_OUT_PROJ)
         if layer.kind == "embedding":
             tensors[f"{name}.lora_embedding_A"] = A
             tensors[f"{name}.lora_embedding_B"] = B
@@ -93,8 +100,21 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
         tensors[name + TOKENS] = rows
     for name, tensor in adapter.extra.items():
         module, _, last = name.rpartition(".")
-        tensors[f"{module}.base_layer.{last}" if module in adapter.pairs else name] = tensor
+        inner = f"{_peft_name(adapter, module)}.base_layer.{last}"
+        tensors[inner if module in adapter.pairs else name] = tensor
     return {PREFIX + name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _peft_name(adapter: Adapter, path: str) -> str:
+    """PEFT's name of a module: an attention's output projection lies inside what it wraps."""
+    if not _is_inner(path, adapter.pairs):
+        return path
+    return f"{path.removesuffix('.out_proj')}.base_layer.out_proj"
+
+
+def _is_inner(path: str, paths: Container[str]) -> bool:
+    """Whether the module is the output projection of an attention that has a pair itself."""
+    return path.endswith(".out_proj") and path.removesuffix(".out_proj") in paths
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -108,15 +128,8 @@ def read_adapter(path: str | Path) -> Adapter:
     adapter = None
     if config is not None and tensors is not None:
         adapter = _assemble(config, raw, tensors, metadata, faults)
-    if (
-        not faults
-        and data is not None
-        and metadata.get(CHECKSUM, "")
-        not in (
-            "",
-            _checksum(data, raw),
-        )
-    ):
+    ours = any(key.startswith("loralab.") for key in metadata)
+    if not faults and data is not None and ours and metadata.get(CHECKSUM) != _checksum(data, raw):
         faults.append(f"the files differ from what was saved ({CHECKSUM} does not match)")
     if faults or adapter is None:
         raise AdapterError(
@@ -235,9 +248,10 @@ def _assemble(
         ending = next((end for end in FACTORS if name.endswith(end)), None)
         if ending is not None:
             part, of = FACTORS[ending]
-            parts[part][name.removesuffix(ending)] = tensor
+            module = name.removesuffix(ending).replace(".base_layer.", ".")
+            parts[part][module] = tensor
             if of == "embedding":
-                embeddings.add(name.removesuffix(ending))
+                embeddings.add(module)
         elif name.endswith(TOKENS):
             module = name.removesuffix(TOKENS)
             rows[module] = (_row_numbers(config, module), tensor)
@@ -288,6 +302,8 @@ def _pair_up(
             faults.append(f"{name}: {fault}")
             continue
         A, B = As[name], Bs[name]
+        if _is_inner(name, As):
+            B = B * PEFT_APPLIES_OUT_PROJ
         pairs[name] = (A.flatten(1), B.flatten(1))
         kinds[name] = _layer(A, name in embeddings)
     if config.dora:
