@@ -23,6 +23,7 @@ from loralab.errors import LoralabError
 from loralab.events import Note, Phase, Progress
 
 PLAIN_LINE_SECONDS = 15.0
+PLAIN_WIDTH = 200  # of tables that go to a file or a pipe
 
 
 class Console:
@@ -34,7 +35,8 @@ class Console:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self._out = RichConsole(highlight=False, soft_wrap=True)
+        wide = None if sys.stdout.isatty() else PLAIN_WIDTH
+        self._out = RichConsole(highlight=False, soft_wrap=True, width=wide)
         self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
         self._progress: RichProgress | None = None
         self._task: TaskID | None = None
@@ -62,8 +64,7 @@ class Console:
             table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
-        width = None if self._out.is_terminal else 200
-        self._out.print(table, width=width)
+        self._out.print(table)
 
     # talk -------------------------------------------------------------------------------------
 

@@ -7,10 +7,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Note:
-    """One sentence for the reader: a choice that was made, a thing that is worth knowing."""
+    """One sentence for the reader: a choice that was made, a thing that is worth knowing.
+
+    `topic` is a short key for a listener that leaves some out ("learning-rate").
+    """
 
     text: str
     warning: bool = False
+    topic: str = ""
 
 
 @dataclass(frozen=True)

@@ -176,9 +176,7 @@ class _Contest:
         try:
             if not (folder / MANIFEST).is_file():
                 config = self._settings(method, rate, seed)
-                return train(
-                    config, folder, listen=listen, workbench=self.bench, splits=("validation",)
-                )
+                return train(config, folder, listen=listen, workbench=self.bench, splits=())
             run = open_run(folder)
             if run.finished or run.failed:
                 return run
@@ -209,7 +207,10 @@ def _sweep_line(method: str, found: Sweep) -> str:
 
 
 def _only_progress(listen: Listener, title: str) -> Callable[[Any], None]:
-    """Of a single run's talk, a comparison shows the progress and the warnings."""
+    """Of a single run's talk, a comparison shows the progress and the warnings.
+
+    Not those of the learning rate: a sweep tries unlikely ones on purpose.
+    """
 
     def hear(event: Any) -> None:
         match event:
@@ -217,7 +218,7 @@ def _only_progress(listen: Listener, title: str) -> Callable[[Any], None]:
                 listen(Phase(title, total, unit))
             case Progress():
                 listen(event)
-            case Note(warning=True, text=text):
+            case Note(warning=True, text=text, topic=topic) if topic != "learning-rate":
                 listen(Note(f"{title}: {text}", warning=True))
 
     return hear

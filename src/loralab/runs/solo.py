@@ -58,7 +58,7 @@ def measure_here(config: RunConfig, *, num_steps: int) -> dict[str, Any]:
     seconds = median_step_seconds(
         repeatable_step(trainable, *timed),
         device=trainable.device,
-        warmup=len(timed),
+        warmup=1,
         repeats=len(timed),
     )
     return {"peak_bytes": peak, "step_seconds": seconds, "batch_size": config.training.batch_size}

@@ -17,7 +17,7 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
         "nll (95 %)",
         "rate",
         "trainable",
-        "peak memory",
+        "peak",
         "s/step",
         "on disk",
     )
@@ -127,7 +127,7 @@ def size(num_bytes: int) -> str:
 def _interval(figure: dict[str, float], *, percent: bool = False) -> str:
     scale, digits, sign = (100, 1, " %") if percent else (1, 3, "")
     mean, low, high = (figure[key] * scale for key in ("mean", "low", "high"))
-    return f"{mean:.{digits}f}{sign} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{mean:.{digits}f}{sign} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 def _range(figure: dict[str, float]) -> str:

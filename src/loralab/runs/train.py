@@ -233,10 +233,8 @@ def _tell(event: Event, listen: Listener) -> None:
 
 
 def _tell_finding(finding: Finding, listen: Listener) -> None:
-    if finding.level == "info":
-        listen(Note(finding.message))
-    else:
-        listen(Note(f"{finding.message} {finding.next_step}".strip(), warning=True))
+    advice = f": {finding.next_step}" if finding.next_step else ""
+    listen(Note(finding.message + advice, warning=finding.level != "info", topic=finding.name))
 
 
 def _log(event: Event, sinks: Sequence[Sink]) -> None:

@@ -2,7 +2,7 @@
 
 A bf16 weight has 8 significant bits: an AdamW step smaller than 1/256 of the weight is rounded
 away, which at the rates of full fine-tuning is most steps. So the optimiser keeps an fp32 master
-of every half-precision parameter and the model gets its rounding. It costs 16 bytes a parameter
+of every half-precision parameter and the model gets its rounding. It costs 18 bytes a parameter
 (2 weight, 4 master, 8 moments, and 4 of gradient in the place of 2) against 8 in pure bf16, and
 the same as training in fp32. `training.master_weights = false` gives the pure kind.
 """
