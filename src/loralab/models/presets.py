@@ -2,8 +2,8 @@
 
 Each preset is a transformers configuration: `model_type` and what differs from that type's
 defaults. Source: the `config.json` of each model on the hub; for gpt-3-175b Brown et al. 2020
-(arXiv:2005.14165), table 2.1, as a GPT-2 architecture with its fused `c_attn`. Base and instruct
-models of a release have one size, llama-3.3-70b that of llama-3.1-70b; mistral-7b is its v0.1.
+(arXiv:2005.14165), table 2.1, in OPT's architecture: GPT-3's with separate q, k and v, so that the
+LoRA paper's adapters (arXiv:2106.09685, on q and v) can be counted. Base and instruct models of a release have one size, llama-3.3-70b that of llama-3.1-70b; mistral-7b is its v0.1.
 """
 
 from collections.abc import Mapping
@@ -172,6 +172,19 @@ def _bert(kind: str, width: int, layers: int, heads: int) -> Facts:
 
 _LLAMA_70B = _llama3(8192, 28672, 80, 64, factor=8.0, tied=False)
 
+_GPT3: Facts = {
+    "model_type": "opt",
+    "vocab_size": 50257,
+    "hidden_size": 12288,
+    "word_embed_proj_dim": 12288,
+    "num_hidden_layers": 96,
+    "num_attention_heads": 96,
+    "ffn_dim": 4 * 12288,
+    "max_position_embeddings": 2048,
+    "activation_function": "gelu",
+}
+
+
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "llama-3.2-1b": _llama3(2048, 8192, 16, 32, factor=32.0, tied=True),
@@ -226,7 +239,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "gpt2-medium": _gpt2(1024, 24, 16),
         "gpt2-large": _gpt2(1280, 36, 20),
         "gpt2-xl": _gpt2(1600, 48, 25),
-        "gpt-3-175b": _gpt2(12288, 96, 96, context=2048),
+        "gpt-3-175b": _GPT3,
         "bert-base": _bert("bert", 768, 12, 12),
         "bert-large": _bert("bert", 1024, 24, 16),
         "roberta-base": _bert("roberta", 768, 12, 12),
