@@ -350,6 +350,7 @@ def test_a_declared_dimension_routes_by_row() -> None:
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_packed_attention_routes_by_row(batch_first: bool) -> None:
+    torch.manual_seed(0)
     attention = nn.MultiheadAttention(8, 2, batch_first=batch_first).eval()
     model = nn.ModuleDict({"attention": attention})
     for adapter in "ab":

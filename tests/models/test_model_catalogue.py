@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loralab.catalogue import fetch
 from loralab.errors import ModelError, OutputError
-from loralab.models import convert, count_parameters, load_model, load_tokenizer
+from loralab.models import convert, load_model, load_tokenizer, num_parameters
 from loralab.models.convert import converted_folder
 
 
@@ -31,12 +31,12 @@ def test_minilm_puts_like_sentences_together() -> None:
     unit = torch.nn.functional.normalize(pooled[0], dim=-1)
     near, far = unit[0] @ unit[1], unit[0] @ unit[2]
     assert near > 0.5 > 0.2 > far
-    assert count_parameters(model) == 22_713_216 - 384 * 385 + 770
+    assert num_parameters(model) == 22_713_216 - 384 * 385 + 770
 
 
 def test_smollm2_is_a_plain_folder_that_knows_paris(smollm2: Path) -> None:
     model, tokenizer = load_model("smollm2", task="causal"), load_tokenizer("smollm2")
-    assert count_parameters(model) == 134_515_008
+    assert num_parameters(model) == 134_515_008
     batch = tokenizer("The capital of France is", return_tensors="pt")
     written = model.generate(**batch, max_new_tokens=3, do_sample=False)
     assert "Paris" in tokenizer.decode(written[0])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as talk
 
 from loralab.errors import ModelError
-from loralab.models import count_parameters, hub, load_model, load_tokenizer
+from loralab.models import hub, load_model, load_tokenizer, num_parameters
 
 Build = Callable[..., PreTrainedModel]
 Save = Callable[..., Path]
@@ -56,7 +56,7 @@ def test_head_bias(saved: Save) -> None:
     assert plain.score.bias is None
     assert torch.equal(biased.score.bias, torch.zeros(2))
     assert torch.equal(biased.score.weight, plain.score.weight)
-    assert count_parameters(biased) == count_parameters(plain) + 2
+    assert num_parameters(biased) == num_parameters(plain) + 2
     bert = str(saved("bert"))
     assert load_model(bert, head_bias=False).classifier.bias is not None
 
@@ -64,7 +64,7 @@ def test_head_bias(saved: Save) -> None:
 def test_pooling_by_mean_leaves_no_pooler(saved: Save) -> None:
     folder = str(saved("bert"))
     native, mean = load_model(folder), load_model(folder, pooling="mean")
-    assert count_parameters(native) - count_parameters(mean) == 16 * 16 + 16
+    assert num_parameters(native) - num_parameters(mean) == 16 * 16 + 16
     assert torch.equal(native.classifier.weight, mean.classifier.weight)
 
 

@@ -12,10 +12,10 @@ from loralab.models import (
     PRESETS,
     blocks,
     build_model,
-    count_parameters,
     embedding_parameters,
     head_name,
     lower_parameters,
+    num_parameters,
 )
 
 Build = Callable[..., PreTrainedModel]
@@ -52,25 +52,25 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("preset", "published"), PUBLISHED.items())
 def test_published_totals(preset: str, published: int) -> None:
-    assert count_parameters(build_model(preset, task="causal")) == published
+    assert num_parameters(build_model(preset, task="causal")) == published
 
 
 def test_bert_and_gpt3_totals() -> None:
-    assert count_parameters(build_model("bert-base").base_model) == 109_482_240
-    assert count_parameters(build_model("bert-large").base_model) == 335_141_888
-    assert count_parameters(build_model("roberta-base").base_model) + 590_592 == 124_645_632
-    assert round(count_parameters(build_model("gpt-3-175b", task="causal")) / 1e9) == 175
+    assert num_parameters(build_model("bert-base").base_model) == 109_482_240
+    assert num_parameters(build_model("bert-large").base_model) == 335_141_888
+    assert num_parameters(build_model("roberta-base").base_model) + 590_592 == 124_645_632
+    assert round(num_parameters(build_model("gpt-3-175b", task="causal")) / 1e9) == 175
 
 
 def test_the_seeds_counts() -> None:
     model = build_model("llama-3.2-1b", head_bias=True)
     frozen = lower_parameters(model, 12, embedding=False)
-    assert count_parameters(model) == 1_235_818_498
-    assert count_parameters(model, without=frozen) == 505_960_450
-    head = count_parameters(model.get_submodule(head_name(model)))
+    assert num_parameters(model) == 1_235_818_498
+    assert num_parameters(model, without=frozen) == 505_960_450
+    head = num_parameters(model.get_submodule(head_name(model)))
     assert head == 4_098
     everything = lower_parameters(model, 16, embedding=True)
-    assert count_parameters(model, without=everything) == head + 2_048  # and the last norm
+    assert num_parameters(model, without=everything) == head + 2_048  # and the last norm
     assert model.device.type == "meta"
 
 

@@ -47,8 +47,10 @@ def live_bytes() -> int:
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
     for tensor in tensors:
         for held in (tensor, tensor.grad if tensor.is_leaf else None):
-            if held is not None and held.layout == torch.strided and held.device.type == "cpu":
-                storage = held.untyped_storage()
+            if held is None or held.layout != torch.strided:
+                continue
+            storage = held.untyped_storage()
+            if storage.device.type == "cpu":  # a fake tensor says cpu, its storage meta
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 

@@ -10,10 +10,10 @@ from loralab.models.quiet import quiet
 from loralab.models.resolve import model_folder
 from loralab.models.structure import (
     blocks,
-    count_parameters,
     embedding_parameters,
     head_name,
     lower_parameters,
+    num_parameters,
 )
 from loralab.models.tokenizer import load_tokenizer
 
@@ -24,7 +24,6 @@ __all__ = [
     "Task",
     "blocks",
     "build_model",
-    "count_parameters",
     "embedding_parameters",
     "enable_activation_checkpointing",
     "head_name",
@@ -32,6 +31,7 @@ __all__ = [
     "load_tokenizer",
     "lower_parameters",
     "model_folder",
+    "num_parameters",
     "quiet",
     "replaced_prefix",
     "run_prefix",

@@ -3,7 +3,8 @@
 Each preset is a transformers configuration: `model_type` and what differs from that type's
 defaults. Source: the `config.json` of each model on the hub; for gpt-3-175b Brown et al. 2020
 (arXiv:2005.14165), table 2.1, in OPT's architecture: GPT-3's with separate q, k and v, so that the
-LoRA paper's adapters (arXiv:2106.09685, on q and v) can be counted. Base and instruct models of a release have one size, llama-3.3-70b that of llama-3.1-70b; mistral-7b is its v0.1.
+LoRA paper's adapters (arXiv:2106.09685, on q and v) can be counted. Base and instruct models of a
+release have one size, llama-3.3-70b that of llama-3.1-70b; mistral-7b is its v0.1.
 """
 
 from collections.abc import Mapping

@@ -36,9 +36,9 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
     ]
     name, found = max(
-        candidates, key=lambda item: (count_parameters(item[1]), len(item[1])), default=("", None)
+        candidates, key=lambda item: (num_parameters(item[1]), len(item[1])), default=("", None)
     )
-    if found is None or not count_parameters(found):
+    if found is None or not num_parameters(found):
         raise ModelError(
             f"{type(model).__name__} has no list of repeated blocks",
             "choose a method that needs no layer numbers: lora, head or full.",
@@ -78,7 +78,7 @@ def lower_parameters(model: nn.Module, num_layers: int, *, embedding: bool) -> s
     return _names_of(model, lower) | (embedding_parameters(model) if embedding else set())
 
 
-def count_parameters(module: nn.Module, *, without: Iterable[str] = ()) -> int:
+def num_parameters(module: nn.Module, *, without: Iterable[str] = ()) -> int:
     """How many numbers the parameters hold, tied ones once; those named in `without` left out."""
     left_out = set(without)
     named = module.named_parameters(remove_duplicate=False)

@@ -9,7 +9,7 @@ from torch import nn
 from loralab.adapters import LoRAConfig, adapter_parameters, attach, use
 from loralab.config import MethodSection, Task, TrainingSection
 from loralab.errors import ConfigError
-from loralab.models import blocks, head_name, lower_parameters
+from loralab.models import blocks, enable_activation_checkpointing, head_name, lower_parameters
 from loralab.training.devices import choose_device, use_threads
 from loralab.training.streams import stream_seed
 
@@ -95,7 +95,7 @@ def prepare(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
     if training.activation_checkpointing:
-        _checkpoint_activations(model)
+        enable_activation_checkpointing(model)
     return Trainable(
         model=model,
         task=task,
@@ -144,18 +144,6 @@ def _groups(
         )
         for (role, decays), members in sorted_out.items()
     )
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    """Non-reentrant: the reentrant kind loses all gradients below a frozen embedding."""
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    enable = enable or getattr(model, "gradient_checkpointing_enable", None)  # before 5.20
-    if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
-        raise ConfigError(
-            f"{type(model).__name__} cannot recompute its activations",
-            "set training.activation_checkpointing to false.",
-        )
-    enable({"use_reentrant": False})
 
 
 def _inside(parameter: str, module: str) -> bool:
