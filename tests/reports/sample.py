@@ -63,7 +63,7 @@ def comparison() -> dict[str, Any]:
         "task": "classification",
         "primary": "accuracy",
         "winner": None,
-        "verdict": "No winner: on 800 test rows (each a document of its own), with 3 seeds of 192 "
+        "verdict": "No winner: on 800 test rows, with 3 seeds of 192 "
         "steps a method, full was 0.2 points above lora in accuracy (95 % interval −1.3 to 1.7), "
         "too little to tell them apart; the smallest difference that would have shown in 80 % of "
         "repeats is 2.1 points.",

@@ -51,15 +51,11 @@ def _ranking(standing: Standing) -> list[str]:
 
 
 def _setting(standing: Standing) -> str:
-    documents = (
-        "each a document of its own"
-        if standing.num_documents == standing.num_rows
-        else f"{standing.num_documents:,} documents"
-    )
-    return (
-        f"on {standing.num_rows:,} test rows ({documents}), with {_range(standing.num_seeds)} seeds"
-        f" of {_range(standing.steps)} steps a method"
-    )
+    rows = f"{standing.num_rows:,} test rows"
+    if standing.num_documents < standing.num_rows:
+        rows += f" ({standing.num_documents:,} documents)"
+    seeds, steps = _range(standing.num_seeds), _range(standing.steps)
+    return f"on {rows}, with {seeds} seeds of {steps} steps a method"
 
 
 def _lead(standing: Standing, ahead: str, behind: str) -> str:
