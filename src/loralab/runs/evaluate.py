@@ -112,7 +112,8 @@ def _metrics(
     if config.model.task == "causal":
         tokens = np.array([prediction.num_targets for prediction in predictions])
         exact = np.array([prediction.exact for prediction in predictions])
-        return completion_metrics(exact, nll / np.maximum(tokens, 1), tokens, documents)
+        figures = completion_metrics(exact, nll / np.maximum(tokens, 1), tokens, documents)
+        return {"exact_match": figures.pop("accuracy"), **figures}
     return classification_metrics(
         np.array([row.label for row in encoded]),
         np.array([prediction.prediction for prediction in predictions]),

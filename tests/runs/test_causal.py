@@ -1,0 +1,75 @@
+"""A causal run end to end: loss on completions, log-likelihood, exact match, a continuation."""
+
+import json
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from loralab.config import parse_config
+from loralab.runs.evaluate import evaluate
+from loralab.runs.generate import generate
+from loralab.runs.train import train
+
+ANSWERS = {"one": "uno", "two": "due", "three": "tre", "four": "quattro"}
+WORDS = ["<pad>", "<unk>", "<end>", *ANSWERS, *ANSWERS.values(), "say", "please", "now", "again"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    words = models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "m")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        eos_token_id=2,
+        bos_token_id=None,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
+    fillers = ["say", "please", "now", "again"]
+    rows = [
+        {"prompt": f"{a} {b} {c} {word} ", "completion": answer}
+        for a in fillers
+        for b in fillers
+        for c in fillers
+        for word, answer in ANSWERS.items()
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = parse_config(
+        {
+            "model": {"name": str(tmp_path / "m"), "task": "causal"},
+            "data": {"train": str(data), "max_tokens": 16},
+            "method": {"rank": 8, "alpha": 32.0},
+            "training": {
+                "learning_rate": 2e-2,
+                "epochs": 15,
+                "batch_size": 16,
+                "threads": 1,
+                "device": "cpu",
+            },
+        }
+    )
+    return train(settings, tmp_path / "run")
+
+
+def test_a_causal_run_learns_completions_and_says_so(run):
+    document = evaluate(run)
+    assert document["metrics"] == run.metrics("test")["metrics"]
+    assert document["metrics"]["exact_match"]["mean"] > 0.8
+    rows = run.predictions("test")
+    assert all(row["target_tokens"] == 2 for row in rows)  # the answer and the end
+    mean_nll = sum(row["nll"] for row in rows) / sum(row["target_tokens"] for row in rows)
+    assert document["metrics"]["perplexity"]["mean"] == pytest.approx(math.exp(mean_nll))
+    assert generate(run, "please say now two ", max_tokens=1)["text"].strip() == "due"
