@@ -176,7 +176,9 @@ def train(
     if as_json:
         console.data(run.summary())
     else:
-        console.text(run.describe())
+        from loralab.runs.tables import run_lines
+
+        console.text(run_lines(run))
 
 
 @app.command()

@@ -161,3 +161,12 @@ def test_the_table_and_the_paths_are_printed(finished, capsys):
     assert str(folder / "comparison.json") in out
     assert str(folder / "report.html") in out
     assert comparison["verdict"].split()[0] in out
+
+
+def test_a_method_that_diverged_has_a_row_without_figures(finished):
+    comparison = json.loads(json.dumps(finished[2]))
+    lost = {"accuracy": None, "nll": None, "best_learning_rate": None, "seeds": []}
+    comparison["methods"][0] |= lost
+    _, rows = comparison_table(comparison)
+    assert rows[0][1:3] == ("—", "—")
+    assert rows[0][3].startswith("—")

@@ -78,17 +78,8 @@ class TransposedPath(LinearPath):
         return cast(Tensor, module.weight).mT
 
 
-class EmbeddingPath(LinearPath):
+class EmbeddingPath(TransposedPath):
     """nn.Embedding: a linear layer on one-hot inputs whose weight (in, out) is looked up."""
-
-    @no_type_check
-    def features(self, module: nn.Module) -> tuple[int, int]:
-        rows, columns = cast(Tensor, module.weight).shape
-        return columns, rows
-
-    @no_type_check
-    def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
-        return cast(Tensor, module.weight).mT
 
     @no_type_check
     def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
@@ -133,7 +124,7 @@ class ConvolutionPath(Path):
         return function(hidden, pointwise, groups=conv.groups)
 
 
-class AttentionPath(Path):
+class AttentionPath(LinearPath):
     """nn.MultiheadAttention's packed projection: only its weight is read (see `attention`)."""
 
     @no_type_check
@@ -144,14 +135,6 @@ class AttentionPath(Path):
     @no_type_check
     def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
         return cast(Tensor, module.in_proj_weight)
-
-    @no_type_check
-    def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
-        return F.linear(x, A)
-
-    @no_type_check
-    def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
-        return F.linear(hidden, B)
 
 
 LINEAR, TRANSPOSED, EMBEDDING = LinearPath(), TransposedPath(), EmbeddingPath()

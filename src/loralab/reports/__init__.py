@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loralab.reports import formats
 from loralab.reports.comparison import comparison_page
 from loralab.reports.page import write_page
 from loralab.reports.run import run_page
 
-__all__ = ["write_comparison_report", "write_run_report"]
+__all__ = ["formats", "write_comparison_report", "write_run_report"]
 
 
 def write_comparison_report(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from loralab.config import RunConfig
+from loralab.runs.tables import evaluation_table
 
 USE = {
     "adapter": """```python
@@ -99,12 +100,8 @@ def _method_line(config: RunConfig, facts: dict[str, Any]) -> str:
 def _results(evaluations: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["| split | rows | figure | value | 95 % interval |", "|---|---|---|---|---|"]
     for split, evaluation in evaluations.items():
-        for name, figure in evaluation["metrics"].items():
-            if isinstance(figure, dict) and {"mean", "low", "high"} <= figure.keys():
-                lines.append(
-                    f"| {split} | {evaluation['rows']} | {name.replace('_', ' ')} "
-                    f"| {figure['mean']:.4f} | {figure['low']:.4f} to {figure['high']:.4f} |"
-                )
+        _, rows = evaluation_table({"split": split, **evaluation})
+        lines += [f"| {split} | {evaluation['rows']} | {' | '.join(row)} |" for row in rows]
     return lines
 
 

@@ -96,11 +96,10 @@ def score(
 
 def store_evaluation(
     run: Run, split: str, rows: list[dict[str, Any]], document: dict[str, Any]
-) -> dict[str, Any]:
+) -> None:
     """Write a split's rows and figures into the run's `evaluation/`."""
     write_json_lines(run.folder / "evaluation" / f"{split}.jsonl", rows)
     write_json(run.folder / "evaluation" / f"{split}.json", document)
-    return document
 
 
 def _metrics(

@@ -17,7 +17,7 @@ from loralab.files import replacing, write_json
 
 CONFIG = "config.toml"
 MANIFEST = "manifest.json"
-ARTIFACTS = ("adapter", "model", "head")
+ARTIFACT_OF = {"lora": "adapter", "head": "head", "frozen": "model", "full": "model"}
 HEAD_FILE = "head.safetensors"
 
 
@@ -42,9 +42,9 @@ class Run:
     @property
     def artifact(self) -> Path:
         """The trained adapter's or model's folder. Raises `RunError` where there is none."""
-        for name in ARTIFACTS:
-            if (self.folder / name).is_dir():
-                return self.folder / name
+        folder = self.folder / ARTIFACT_OF[self.config.method.kind]
+        if folder.is_dir():
+            return folder
         if self.finished:
             raise RunError(
                 f"{self.folder}: its trained weights were removed after it was evaluated",
@@ -78,11 +78,14 @@ class Run:
         text = (self.folder / name).read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
-    def record(self, **facts: Any) -> "Run":
-        """This run with `facts` added to its manifest on disk."""
-        manifest = {**self.manifest, **facts}
-        write_json(self.folder / MANIFEST, manifest)
-        return Run(self.folder, self.config, manifest)
+    def knowing(self, **facts: Any) -> "Run":
+        """This run with `facts` added to its manifest, not yet on disk."""
+        return Run(self.folder, self.config, {**self.manifest, **facts})
+
+    def record(self) -> "Run":
+        """This run, its manifest written to disk."""
+        write_json(self.folder / MANIFEST, self.manifest)
+        return self
 
     def summary(self) -> dict[str, Any]:
         """What `loralab train --json` prints."""
@@ -92,12 +95,6 @@ class Run:
             if self.has_evaluation(split)
         }
         return {"run": str(self.folder), **self.manifest, "evaluation": evaluations}
-
-    def describe(self) -> str:
-        """What `loralab train` prints: the figures and what to do next."""
-        from loralab.runs.tables import run_lines
-
-        return run_lines(self)
 
     def _evaluation(self, split: str, suffix: str) -> Path:
         path = self.folder / "evaluation" / f"{split}.{suffix}"

@@ -15,8 +15,7 @@ from loralab.evidence import (
     TestSet,
     build_comparison,
 )
-from loralab.runs.folder import Run
-from loralab.runs.train import ARTIFACT_OF
+from loralab.runs.folder import ARTIFACT_OF, Run
 from loralab.runs.workbench import Workbench
 
 if TYPE_CHECKING:

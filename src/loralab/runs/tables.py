@@ -2,11 +2,10 @@
 
 from typing import Any
 
+from loralab.reports import formats
 from loralab.runs.folder import Run
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
-
-GIB, MIB = 2**30, 2**20
 
 
 def comparison_table(comparison: dict[str, Any]) -> Table:
@@ -26,11 +25,11 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
             row["method"],
             _interval(row["accuracy"], percent=True),
             _interval(row["nll"]),
-            f"{row['best_learning_rate']:g}" + ("" if row["bracketed"] else " (edge)"),
-            count(row["trainable_parameters"]),
-            size(row["peak_bytes"]),
-            f"{row['step_seconds']:.3f}",
-            size(row["artifact_bytes"]),
+            formats.rate(row["best_learning_rate"]) + ("" if row["bracketed"] else " (edge)"),
+            formats.count(row["trainable_parameters"]),
+            formats.data_size(row["peak_bytes"]),
+            formats.number(row["step_seconds"], 3),
+            formats.data_size(row["artifact_bytes"]),
         )
         for row in comparison["methods"]
     ]
@@ -39,7 +38,7 @@ def comparison_table(comparison: dict[str, Any]) -> Table:
 def evaluation_table(document: dict[str, Any]) -> Table:
     """One row a figure."""
     rows = [
-        (name.replace("_", " "), f"{figure['mean']:.4f}", _range(figure))
+        (name.replace("_", " "), formats.number(figure["mean"], 4), _range(figure))
         for name, figure in figures(document["metrics"]).items()
     ]
     counts = f"{document['rows']} rows"
@@ -80,18 +79,18 @@ def run_lines(run: Run) -> str:
     """A finished run in a few lines: figures, files, what to do next."""
     manifest = run.manifest
     lines = [
-        f"{run.config.method.kind}: {count(manifest['trainable_parameters'])} of "
-        f"{count(manifest['total_parameters'])} parameters trained in "
+        f"{run.config.method.kind}: {formats.count(manifest['trainable_parameters'])} of "
+        f"{formats.count(manifest['total_parameters'])} parameters trained in "
         f"{manifest['steps_done']} steps; best at step {manifest['best']['step']}",
     ]
     for split in manifest["splits"]:
         shown = ", ".join(
-            f"{name.replace('_', ' ')} {figure['mean']:.4f} ({_range(figure)})"
+            f"{name.replace('_', ' ')} {formats.number(figure['mean'], 4)} ({_range(figure)})"
             for name, figure in list(figures(run.metrics(split)["metrics"]).items())[:3]
         )
         lines.append(f"{split}: {shown}")
     lines += [
-        f"{run.artifact}  {size(manifest['artifact_bytes'])}",
+        f"{run.artifact}  {formats.data_size(manifest['artifact_bytes'])}",
         f"{run.folder / 'report.html'}",
         f'Next: loralab evaluate {run.folder} --data ... or loralab generate {run.folder} "..."',
     ]
@@ -107,28 +106,18 @@ def figures(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def count(number: int) -> str:
-    """1,235,818,498 -> 1.24 B."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return str(number)
-
-
-def size(num_bytes: int) -> str:
-    """Bytes in GiB, MiB or KiB (powers of two)."""
-    if num_bytes >= GIB:
-        return f"{num_bytes / GIB:.2f} GiB"
-    if num_bytes >= MIB:
-        return f"{num_bytes / MIB:.1f} MiB"
-    return f"{num_bytes / 1024:.1f} KiB"
-
-
-def _interval(figure: dict[str, float], *, percent: bool = False) -> str:
+def _interval(figure: dict[str, float] | None, *, percent: bool = False) -> str:
+    """A figure with its interval; the em dash for a method that diverged."""
+    if figure is None:
+        return formats.MISSING
     scale, digits, sign = (100, 1, " %") if percent else (1, 3, "")
-    mean, low, high = (figure[key] * scale for key in ("mean", "low", "high"))
-    return f"{mean:.{digits}f}{sign} ({low:.{digits}f}–{high:.{digits}f})"
+    mean, low, high = (_scaled(figure[key], scale, digits) for key in ("mean", "low", "high"))
+    return f"{mean}{sign} ({formats.span(low, high)})"
+
+
+def _scaled(value: float | None, scale: int, digits: int) -> str:
+    return formats.number(None if value is None else scale * value, digits)
 
 
 def _range(figure: dict[str, float]) -> str:
-    return f"{figure['low']:.4f} to {figure['high']:.4f}"
+    return formats.span(formats.number(figure["low"], 4), formats.number(figure["high"], 4))

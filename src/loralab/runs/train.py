@@ -15,13 +15,20 @@ from loralab.adapters import count_parameters, save_adapter
 from loralab.config import RunConfig
 from loralab.errors import Interrupted, RunError, TrainingError
 from loralab.events import Listener, Note, Phase, Progress, ignore
-from loralab.files import replacing
+from loralab.files import replacing, write_text
 from loralab.models import quiet
 from loralab.reports import write_run_report
 from loralab.runs.card import model_card
 from loralab.runs.describe import run_report
 from loralab.runs.evaluate import score, store_evaluation
-from loralab.runs.folder import HEAD_FILE, Run, create_run, open_run, refuse_existing
+from loralab.runs.folder import (
+    ARTIFACT_OF,
+    HEAD_FILE,
+    Run,
+    create_run,
+    open_run,
+    refuse_existing,
+)
 from loralab.runs.sinks import Sink, open_sinks, require_sinks
 from loralab.runs.workbench import Workbench, open_workbench
 from loralab.training import (
@@ -38,7 +45,6 @@ from loralab.training import (
 )
 
 HELD_OUT = ("validation", "test")
-ARTIFACT_OF = {"lora": "adapter", "head": "head", "frozen": "model", "full": "model"}
 
 
 def train(
@@ -118,8 +124,9 @@ def _train_and_evaluate(run: Run, bench: Workbench, trainable: Trainable, listen
         rows, figures = score(trainable.model, trainable.route, bench.rows[split], run.config)
         evaluations[split] = {"data": bench.dataset.name, "split": split, **figures}
         store_evaluation(run, split, rows, evaluations[split])
-    run = run.record(state="finished", **facts)
-    _describe(run, evaluations)
+    run = run.knowing(state="finished", **facts)
+    _describe(run, evaluations)  # before the manifest says so: a kill here is resumed
+    run.record()
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     return run
 
@@ -140,7 +147,7 @@ def _fit(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> 
             _tell(event, listen)
             _log(event, sinks)
     except TrainingError as error:
-        run.record(state="failed", cause=error.cause)
+        run.knowing(state="failed", cause=error.cause).record()
         raise
     finally:
         for sink in sinks:
@@ -177,7 +184,7 @@ def _describe(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:
     card = model_card(
         run.config, kind=run.manifest["artifact"], facts=run.manifest, evaluations=evaluations
     )
-    (run.artifact / "README.md").write_text(card, encoding="utf-8")
+    write_text(run.artifact / "README.md", card)
     write_run_report(run_report(run), run.folder / "report.html")
 
 
