@@ -9,6 +9,7 @@ from loralab.adapters.extracting import adapter_parameters, count_parameters, ex
 from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.merge import merge, merge_in_place, restore, save_merged
 from loralab.adapters.peft_format import content_hash, read_adapter, write_adapter
+from loralab.adapters.probes import Probe
 from loralab.adapters.routes import carry
 from loralab.adapters.rows import declare_rows
 from loralab.adapters.saving import install, load_adapter, save_adapter
@@ -24,6 +25,7 @@ __all__ = [
     "Layer",
     "LoRAConfig",
     "MergeCertificate",
+    "Probe",
     "Tree",
     "adapter_parameters",
     "attach",

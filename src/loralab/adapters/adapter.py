@@ -7,6 +7,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from loralab.adapters.probes import Probe
 from loralab.adapters.settings import LoRAConfig
 from loralab.lowrank import Factors
 
@@ -40,6 +41,7 @@ class Adapter:
         are compared with a model's, and never used or written.
     base: the fingerprint of the model it was trained on (`fingerprint`), where known.
     facts: what else its file said of it (task, base model's name), kept for writing.
+    probes: inputs and what the adapted model said to them when it was saved.
     """
 
     config: LoRAConfig
@@ -52,6 +54,7 @@ class Adapter:
     repeated: Mapping[str, Tensor] = field(default_factory=dict)
     base: Mapping[str, str] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
+    probes: tuple[Probe, ...] = ()
 
     def scale(self, module: str) -> float:
         """The factor before `B @ A` at that module."""

@@ -176,6 +176,7 @@ def detach(model: nn.Module, name: str) -> None:
         dismiss(module)
     del host.configs[name]
     host.facts.pop(name, None)
+    host.probes.pop(name, None)
     if not host.configs:
         for parameter_name, parameter in model.named_parameters():
             if parameter_name in host.thawed:

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from loralab.adapters.probes import Probe
 from loralab.errors import AdapterError
 
-Probe = Any  # a text, the model's keyword inputs, its positional inputs, or one input tensor
+ProbeInput = Any  # a text, the model's keyword inputs, its positional inputs, or one input tensor
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,24 @@ def measure_effect(
     return Effect(kl_merged, kl_separate, kl_base, agreement, positions)
 
 
-def batches_of(model: nn.Module, probes: Sequence[Probe]) -> list[Any]:
+def batches_of(model: nn.Module, probes: Sequence[ProbeInput]) -> list[Any]:
     """Probes as model inputs. Texts go through the tokenizer that the model's folder holds.
 
     Raises `AdapterError` for texts where no tokenizer is known, and for no probes at all.
     """
-    probes = list(probes)
     if not probes:
         raise AdapterError("the list of probes is empty", "give texts or model inputs, or None.")
-    texts = [probe for probe in probes if isinstance(probe, str)]
-    if not texts:
-        return probes
-    tokenizer = _tokenizer(model)
     device = next(model.parameters()).device
-    encoded = [dict(tokenizer(text, return_tensors="pt").to(device)) for text in texts]
-    return encoded + [probe for probe in probes if not isinstance(probe, str)]
+    tokenizer = _tokenizer(model) if any(isinstance(probe, str) for probe in probes) else None
+
+    def as_input(probe: ProbeInput) -> Any:
+        if isinstance(probe, Probe):
+            return {"input_ids": torch.tensor([probe.input_ids], device=device)}
+        if isinstance(probe, str) and tokenizer is not None:
+            return dict(tokenizer(probe, return_tensors="pt").to(device))
+        return probe
+
+    return [as_input(probe) for probe in probes]
 
 
 def runner(model: nn.Module) -> Callable[[Any], Any]:

@@ -56,6 +56,7 @@ def extract(model: nn.Module, name: str) -> Adapter:
         whole_modules=tuple(parts.whole),
         base=host.fingerprint or None,
         facts={**model_facts(model, parts.pairs), **host.facts.get(name, {})},
+        probes=host.probes.get(name, ()),
     )
 
 

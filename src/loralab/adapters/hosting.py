@@ -15,6 +15,7 @@ from loralab.adapters.compiled import follow_compiled, register
 from loralab.adapters.doubles import plain_copy, plain_tensors
 from loralab.adapters.following import follow
 from loralab.adapters.items import Pair
+from loralab.adapters.probes import Probe
 from loralab.adapters.routes import route_in_force
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.targets import ADAPTERS, walk
@@ -40,6 +41,7 @@ class Host:
     configs: adapter -> settings, in the order of attachment.
     thawed: names of base parameters that were trainable before the first adapter came.
     facts: adapter -> what its file said of it.
+    probes: adapter -> inputs and expected answers that its folder holds.
     fingerprint: the base's, once taken.
     row_dimensions: module -> the dimension of its input that holds the rows, where declared.
     seen_rows: the same as far as it was seen (None: in no dimension).
@@ -50,6 +52,7 @@ class Host:
         self.configs: dict[str, LoRAConfig] = {}
         self.thawed: set[str] = set()
         self.facts: dict[str, dict[str, str]] = {}
+        self.probes: dict[str, tuple[Probe, ...]] = {}
         self.fingerprint: dict[str, str] | None = None
         self.row_dimensions: dict[str, int] = {}
         self.seen_rows: dict[str, int | None] = {}

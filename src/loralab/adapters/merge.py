@@ -20,7 +20,7 @@ from loralab.adapters.certificate import (
     content_sha256,
     effect_facts,
 )
-from loralab.adapters.effect import Effect, Probe, batches_of, measure_effect, runner
+from loralab.adapters.effect import Effect, ProbeInput, batches_of, measure_effect, runner
 from loralab.adapters.extracting import extract
 from loralab.adapters.hosting import Adapted, Bank, Host, dismiss, host_of, plain_tensors
 from loralab.adapters.installing import remove_hooks
@@ -43,7 +43,7 @@ CERTIFICATE_FILE = "merge_certificate.json"
 def merge(
     model: nn.Module,
     name: str,
-    probes: Sequence[Probe] | None = None,
+    probes: Sequence[ProbeInput] | None = None,
     *,
     limit: float | None = None,
     force: bool = False,
@@ -54,9 +54,9 @@ def merge(
     does not change are shared with `model`, which stays as it is. A weight tied to another is
     untied where the adapter changes one side only.
 
-    probes: texts, or model inputs (a mapping of keywords, a tuple, a tensor) on which the logits
-        are compared with the adapter applied in fp32; for a base in 16 bit this needs a copy of
-        the model in fp32 while it lasts.
+    probes: `Probe`s, texts, or model inputs (a mapping of keywords, a tuple, a tensor) on which the
+        logits are compared with the adapter applied in fp32; for a base in 16 bit this needs a
+        copy of the model in fp32 while it lasts. None: those stored with the adapter, if any.
     limit: the share of the adapter's effect that may be lost (default 0.5), by the logits where
         probes are given, else by the weights. Above it `AdapterError` is raised unless `force`.
     """
@@ -64,6 +64,8 @@ def merge(
     adapter = extract(model, name)
     merged = merged_model(model, adapter)
     effect = None
+    if probes is None and adapter.probes:
+        probes = adapter.probes
     if probes is not None:
         effect = _measure(model, name, adapter, merged, batches_of(model, probes))
     certificate = certify(model, merged, adapter, effect, limit=limit, force=force)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from loralab.adapters import peft_config
 from loralab.adapters.adapter import Adapter, Kind, Layer
+from loralab.adapters.probes import read_probes, write_probes
 from loralab.adapters.settings import LoRAConfig
 from loralab.errors import AdapterError
 from loralab.files import replacing, write_json
@@ -46,11 +48,15 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 def write_adapter(adapter: Adapter, path: str | Path) -> None:
-    """Writes PEFT's two files; other files in the folder stay. Raises `OutputError`."""
+    """Writes PEFT's two files, and the probes if it has any; other files in the folder stay.
+
+    Raises `OutputError`.
+    """
     folder = Path(path)
     tensors = to_tensors(adapter)
     config = peft_config.to_peft(adapter)
-    metadata = {CONTENT: content_hash(adapter)}
+    content = content_hash(adapter)
+    metadata = {CONTENT: content}
     if adapter.base is not None:
         metadata[BASE] = json.dumps(dict(adapter.base), separators=(",", ":"))
     if "model_class" in adapter.facts:
@@ -61,10 +67,12 @@ def write_adapter(adapter: Adapter, path: str | Path) -> None:
     data = safetensors.torch.save(tensors, metadata)
     if folder.is_dir():
         _write_files(folder, data, config)
+        write_probes(folder, adapter.probes, content)
         return
     with replacing(folder) as aside:
         aside.mkdir()
         _write_files(aside, data, config)
+        write_probes(aside, adapter.probes, content)
 
 
 def _write_files(folder: Path, data: bytes, config: Mapping[str, Any]) -> None:
@@ -131,12 +139,13 @@ def read_adapter(path: str | Path) -> Adapter:
     ours = any(key.startswith("loralab.") for key in metadata)
     if not faults and data is not None and ours and metadata.get(CHECKSUM) != _checksum(data, raw):
         faults.append(f"the files differ from what was saved ({CHECKSUM} does not match)")
+    probes = read_probes(folder, metadata.get(CONTENT), faults)
     if faults or adapter is None:
         raise AdapterError(
             "\n  - ".join([f"{folder} is no usable adapter", *faults]),
             "fetch or save the adapter again; nothing was loaded.",
         )
-    return adapter
+    return replace(adapter, probes=probes)
 
 
 def content_hash(adapter: Adapter) -> str:

@@ -1,5 +1,6 @@
 """Between a model and an adapter's folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,14 +12,22 @@ from loralab.adapters.attaching import check_name
 from loralab.adapters.extracting import extract
 from loralab.adapters.fingerprint import check_fingerprint, fingerprint
 from loralab.adapters.hosting import host_of, plain_copy, plain_tensors
-from loralab.adapters.installing import Installer, bias_of
+from loralab.adapters.installing import Installer, bias_of, hosting
 from loralab.adapters.peft_format import read_adapter, write_adapter
+from loralab.adapters.probes import Probe
 from loralab.adapters.targets import missing_targets, walk
 from loralab.errors import AdapterError
 
 
-def save_adapter(model: nn.Module, name: str, path: str | Path) -> None:
-    """Writes an attached adapter in PEFT's format, with every tensor that differs from the base."""
+def save_adapter(
+    model: nn.Module, name: str, path: str | Path, *, probes: Sequence[Probe] | None = None
+) -> None:
+    """Writes an attached adapter in PEFT's format, with every tensor that differs from the base.
+
+    probes: travel with it from now on, in a file of their own; None keeps those it came with.
+    """
+    if probes is not None:
+        hosting(model, name).probes[name] = tuple(probes)
     write_adapter(extract(model, name), path)
 
 
@@ -65,6 +74,7 @@ def install(
     copies = {path: _filled(modules[path], path, adapter) for path in adapter.whole_modules}
     installer = Installer(model, adapter.config, name, modules)
     installer.host.facts[name] = dict(adapter.facts)
+    installer.host.probes[name] = adapter.probes
     for path, (A, B) in adapter.pairs.items():
         device = _device(modules[path])
         magnitude, bias = adapter.magnitudes.get(path), biases.pop(path, None)
