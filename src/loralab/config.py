@@ -4,6 +4,7 @@ This module imports no torch. Every unknown key and bad value is reported at onc
 key with the nearest known one.
 """
 
+import re
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -11,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from loralab.errors import ConfigError, nearest
 
@@ -21,6 +30,41 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Initialisation = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"]
+
+
+def _expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"no regular expression ({error})") from None
+    return pattern
+
+
+def _targets(value: Any) -> str | list[str]:
+    if isinstance(value, str):
+        return _expression(value)
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return value
+    raise ValueError('give "all-linear", a regular expression, or a list of names')
+
+
+def _block_numbers(value: Any) -> Any:
+    """`"0-3, 12"` -> `[0, 1, 2, 3, 12]`; a list stays as it is."""
+    if not isinstance(value, str):
+        return value
+    numbers: list[int] = []
+    for part in value.split(","):
+        span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(span[1]), int(span[2] or span[1])) if span else (1, 0)
+        if last < first:
+            raise ValueError('give block numbers: a list, or ranges such as "0-3, 12-15"')
+        numbers += range(first, last + 1)
+    return numbers
+
+
+Expression = Annotated[str, AfterValidator(_expression)]
 
 
 class Section(BaseModel):
@@ -73,19 +117,32 @@ class DataSection(Section):
 
 
 class MethodSection(Section):
-    """How the model is fine-tuned. Each kind reads the keys that concern it."""
+    """How the model is fine-tuned. Each kind reads the keys that concern it.
+
+    `rank_pattern` and `alpha_pattern` hold name endings or regular expressions of modules whose
+    rank or alpha differs; the first that matches decides.
+    """
 
     kind: MethodKind = "lora"
     rank: PositiveInt = 16
     alpha: Positive = 32.0
     dropout: Fraction = 0.0
-    targets: str | list[str] = "all-linear"
+    targets: Annotated[str | list[str], BeforeValidator(_targets)] = "all-linear"
     exclude: list[str] = []
+    layers: Annotated[list[NonNegativeInt] | None, BeforeValidator(_block_numbers)] = None  # all
+    rank_pattern: dict[Expression, PositiveInt] = {}
+    alpha_pattern: dict[Expression, Positive] = {}
     scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
-    init: str = "kaiming"
-    frozen_layers: Annotated[int, Field(ge=0)] | None = None  # None: the lower half
+    init: Initialisation = "kaiming"
+    init_rows: PositiveInt = 64  # training rows that eva and lora_ga look at, chosen by hash
+    redistribute_ranks: bool = True  # eva: ranks go where the inputs vary most
+    loraplus_lr_ratio: Positive = 1.0  # LoRA+: B's learning rate over A's
+    dora: bool = False
+    biases: Literal["none", "targets", "all"] = "none"
+    whole_modules: list[str] = []  # trained copies beside the adapter; the head is always one
+    token_rows: dict[str, list[NonNegativeInt]] = {}  # embedding -> rows that train (new tokens)
+    frozen_layers: NonNegativeInt | None = None  # None: the lower half
     freeze_embedding: bool = True
-    whole_modules: list[str] = []
 
 
 class TrainingSection(Section):
@@ -107,7 +164,7 @@ class TrainingSection(Section):
     epsilon: Positive = 1e-8
     fused: bool = True
     master_weights: bool = True  # fp32 copies of what is trained in a half-precision model
-    max_grad_norm: Positive | None = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # 0: no clipping
     activation_checkpointing: bool = False
     cache_frozen_prefix: bool = False  # frozen lower blocks run once a row, without dropout
     evaluations_per_epoch: PositiveInt = 1
@@ -226,20 +283,37 @@ def shipped_recipes() -> list[str]:
     )
 
 
+_PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
+_OVERRIDE = re.compile(rf"\s*({_PART}(?:\s*\.\s*{_PART})+)\s*=(.*)", re.DOTALL)
+
+
 def _apply(tables: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    *parents, key = dotted.strip().split(".")
-    if not equals or not parents or not key:
+    found = _OVERRIDE.fullmatch(override)
+    if found is None:
         raise ConfigError(
             f"override {override!r} is not of the form section.key=value",
-            "write for example method.rank=8 or training.learning_rate=1e-3.",
+            "write for example method.rank=8, training.learning_rate=1e-3 or"
+            " method.rank_pattern.q_proj=4; quote a key that holds dots.",
         )
+    text = found[2]
+    *parents, key = _key_parts(found[1])
     place = tables
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is no table", "check the key.")
     place[key] = _toml_value(text.strip())
+
+
+def _key_parts(dotted: str) -> list[str]:
+    """The parts of a dotted TOML key, which may be quoted."""
+    try:
+        return [next(iter(tomllib.loads(f"{part} = 0"))) for part in re.findall(_PART, dotted)]
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"override key {dotted!r}: {error}",
+            "put a regular expression into single quotes, where a backslash is a backslash.",
+        ) from None
 
 
 def _toml_value(text: str) -> Any:
@@ -251,7 +325,10 @@ def _toml_value(text: str) -> Any:
 
 
 def _describe(fault: Any) -> str:
-    place = ".".join(str(part) for part in fault["loc"])
+    place = ".".join(str(part) for part in fault["loc"] if part != "[key]")
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        known = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+        return f"{place}: unknown value {fault['input']!r}; {nearest(fault['input'], known)}"
     if fault["type"] == "extra_forbidden":
         return f"unknown key {place}; {nearest(str(fault['loc'][-1]), _siblings(fault['loc']))}"
     if fault["type"] == "missing":

@@ -70,7 +70,7 @@ class Optimiser:
 
         Returns the learning rates used, by role.
         """
-        if self._max_grad_norm is not None:
+        if self._max_grad_norm:
             clip_grads_with_norm_(self._masters.values(), self._max_grad_norm, grad_norm)
         rates: dict[str, float] = {}
         for group, table in zip(self._groups, self._adamw.param_groups, strict=True):
