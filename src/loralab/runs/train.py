@@ -32,6 +32,7 @@ from loralab.runs.folder import (
 from loralab.runs.sinks import Sink, open_sinks, require_sinks
 from loralab.runs.workbench import Workbench, open_workbench
 from loralab.training import (
+    START_FILE,
     CheckpointSaved,
     Event,
     Examined,
@@ -81,6 +82,7 @@ def train(
             "splits": list(splits),
         },
     )
+    trainable.keep_start(_start_of(run))
     return _carry_out(run, bench, trainable, listen)
 
 
@@ -102,7 +104,13 @@ def resume(
             f"{folder}: the data have changed since the run was started",
             "put the files back as they were, or start a new run.",
         )
-    return _carry_out(run, bench, bench.trainable(run.config), listen)
+    trainable = bench.trainable(run.config, _start_of(run))
+    return _carry_out(run, bench, trainable, listen)
+
+
+def _start_of(run: Run) -> Path:
+    """Where a run keeps what its adapter began with, until it is finished."""
+    return run.folder / "checkpoints" / START_FILE
 
 
 def _carry_out(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> Run:

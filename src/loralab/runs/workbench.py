@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -46,10 +47,19 @@ class Workbench:
             max_tokens=self.config.data.max_tokens,
         )
 
-    def trainable(self, config: RunConfig) -> Trainable:
-        """A fresh model made ready for `config.method`, its head drawn from `config`'s seed."""
-        model = base_model(config)
-        return prepare(model, config.method, config.training, task=config.model.task)
+    def trainable(self, config: RunConfig, start: Path | None = None) -> Trainable:
+        """A fresh model made ready for `config.method`, its head drawn from `config`'s seed.
+
+        `start` is where a run kept what its adapter began with; it is used if it is there.
+        """
+        return prepare(
+            base_model(config),
+            config.method,
+            config.training,
+            task=config.model.task,
+            rows=self.rows["train"],
+            start=start,
+        )
 
 
 def open_workbench(config: RunConfig, listen: Listener) -> Workbench:

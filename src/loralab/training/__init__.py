@@ -19,11 +19,13 @@ from loralab.training.plan import Plan, lay_out
 from loralab.training.predict import Prediction, accuracy, mean_nll, predict
 from loralab.training.prefix import PrefixStore
 from loralab.training.schedule import Schedule, build_schedule
+from loralab.training.starting import START_FILE
 from loralab.training.step import Outcome, repeatable_step
 from loralab.training.streams import stream_seed
 
 __all__ = [
     "ADAPTER_NAME",
+    "START_FILE",
     "CheckpointSaved",
     "Event",
     "Examined",

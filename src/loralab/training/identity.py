@@ -37,7 +37,7 @@ def identity(
     validation_rows: Sequence[Encoded],
     plan: Plan,
 ) -> dict[str, dict[str, Any]]:
-    """Environment, settings, data and parameters of a run, as JSON values."""
+    """Environment, settings, data and parameters as JSON values; called before the first step."""
     return {
         "environment": environment(trainable.model, trainable.device),
         "method": trainable.method.model_dump(mode="json"),
@@ -53,6 +53,7 @@ def identity(
                 for name, parameter in trainable.parameters.items()
             ),
             "frozen": frozen_hash(trainable),
+            "start": trainable.start_hash(),
         },
     }
 

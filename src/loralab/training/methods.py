@@ -1,16 +1,29 @@
 """Which parameters a method trains, at which learning rate, with which decay."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from loralab.adapters import LoRAConfig, adapter_parameters, attach, use
+from loralab.adapters import LoRAConfig, adapter_parameters, attach, detach, use
 from loralab.config import MethodSection, Task, TrainingSection
-from loralab.errors import ConfigError
+from loralab.data import Encoded
+from loralab.errors import ConfigError, TargetError
 from loralab.models import blocks, enable_activation_checkpointing, head_name, lower_parameters
 from loralab.training.devices import choose_device, use_threads
+from loralab.training.starting import (
+    FROM_DATA,
+    KEPT,
+    check_patterns,
+    lora_config,
+    read_start,
+    start_hash,
+    starts_from_data,
+    write_start,
+)
 from loralab.training.streams import stream_seed
 
 ADAPTER_NAME = "default"
@@ -20,7 +33,7 @@ ADAPTER_NAME = "default"
 class ParameterGroup:
     """Parameters that share a role, a learning rate and a weight decay."""
 
-    role: str  # "base", "adapter" or "head"
+    role: str  # "base", "adapter", "adapter_B" (LoRA+) or "head"
     parameters: dict[str, nn.Parameter]  # by their names in the model
     learning_rate: float
     weight_decay: float
@@ -39,6 +52,7 @@ class Trainable:
     head: str | None  # the head's module name; None for causal models
     num_frozen_blocks: int  # blocks from the bottom that do not train
     device: torch.device
+    adapter: LoRAConfig | None = None  # as attached: EVA may have changed its ranks
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -50,13 +64,39 @@ class Trainable:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
+    @property
+    def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """A and B of every adapted module, by the module's name."""
+        trained, marker = self.parameters, f".adapters.{self.route}."
+        modules = [n.removesuffix(f"{marker}A") for n in trained if n.endswith(f"{marker}A")]
+        return {m: (trained[f"{m}{marker}A"], trained[f"{m}{marker}B"]) for m in modules}
+
+    def start_hash(self) -> str | None:
+        """SHA-256 of the present A and B, where they were made from data or decompositions.
+
+        Before the first step it says whether a resumed run starts where the first one did.
+        """
+        is_kept = self.adapter is not None and self.method.init in KEPT
+        return start_hash(self.pairs) if is_kept else None
+
+    def keep_start(self, path: Path) -> None:
+        """Write what `start_hash` hashes, for `prepare(..., start=path)`. Call before training."""
+        if self.adapter is not None and self.method.init in KEPT:
+            write_start(path, self.adapter, self.pairs)
+
     def routed(self) -> AbstractContextManager[object]:
         """The context in which the model's forward is the one that is trained."""
         return nullcontext() if self.route is None else use(self.model, self.route)
 
 
 def prepare(
-    model: nn.Module, method: MethodSection, training: TrainingSection, *, task: Task
+    model: nn.Module,
+    method: MethodSection,
+    training: TrainingSection,
+    *,
+    task: Task,
+    rows: Sequence[Encoded] = (),
+    start: Path | None = None,
 ) -> Trainable:
     """Move `model` to its device, freeze what `method` freezes, attach what it attaches.
 
@@ -64,18 +104,22 @@ def prepare(
     `frozen` leaves out the lowest blocks (and the embedding, a setting); `head` trains the head
     alone. Biases and norms (fewer than two dimensions) have no weight decay.
 
+    rows: training rows, for initialisers that look at data (`eva`, `lora_ga`).
+    start: where `Trainable.keep_start` wrote what the run began with; used if it is there.
+
     Raises `ConfigError` and `ModelError` for settings that the model cannot follow, `TargetError`
-    for targets that match nothing.
+    for targets and patterns that match nothing, `ResumeError` for a damaged `start`.
     """
     use_threads(training)
     device = choose_device(training.device)
     model.to(device)
     head = head_name(model) if task == "classification" else None
-    route, num_frozen = None, 0
+    route, num_frozen, adapter = None, 0, None
     match method.kind:
         case "lora":
             route = ADAPTER_NAME
-            chosen = _attach(model, method, training, head)
+            adapter = _attach(model, method, training, task, head, rows, start)
+            chosen = adapter_parameters(model, route)
             num_frozen = len(blocks(model)[1])
         case "full":
             chosen = dict(model.named_parameters())
@@ -101,45 +145,67 @@ def prepare(
         task=task,
         method=method,
         training=training,
-        groups=_groups(chosen, head, training, "adapter" if route else "base"),
+        groups=_groups(chosen, head, method, training, "adapter" if route else "base"),
         route=route,
         head=head,
         num_frozen_blocks=num_frozen,
         device=device,
+        adapter=adapter,
     )
 
 
 def _attach(
-    model: nn.Module, method: MethodSection, training: TrainingSection, head: str | None
-) -> dict[str, nn.Parameter]:
-    heads = [head] if head and head not in method.whole_modules else []
-    config = LoRAConfig(
-        rank=method.rank,
-        alpha=method.alpha,
-        targets=method.targets,
-        exclude=tuple(method.exclude),
-        dropout=method.dropout,
-        scaling=method.scaling,
-        init=method.init,
-        whole_modules=(*heads, *method.whole_modules),
-    )
-    attach(model, config, name=ADAPTER_NAME, seed=stream_seed(training.seed, "initialisation"))
-    return adapter_parameters(model, ADAPTER_NAME)
+    model: nn.Module,
+    method: MethodSection,
+    training: TrainingSection,
+    task: Task,
+    head: str | None,
+    rows: Sequence[Encoded],
+    start: Path | None,
+) -> LoRAConfig:
+    config, starts = lora_config(method, head), None
+    if start is not None and start.is_file():
+        starts, config = read_start(start, config)
+    elif method.init in FROM_DATA:
+        starts, config = starts_from_data(model, config, method, training, task=task, rows=rows)
+    seed = stream_seed(training.seed, "initialisation")
+    attach(model, config, name=ADAPTER_NAME, seed=seed, starts=starts)
+    marker = f".adapters.{ADAPTER_NAME}.A"
+    names = adapter_parameters(model, ADAPTER_NAME)
+    try:
+        check_patterns(config, [n.removesuffix(marker) for n in names if n.endswith(marker)])
+    except TargetError:
+        detach(model, ADAPTER_NAME)
+        raise
+    return config
 
 
 def _groups(
-    chosen: dict[str, nn.Parameter], head: str | None, training: TrainingSection, body: str
+    chosen: dict[str, nn.Parameter],
+    head: str | None,
+    method: MethodSection,
+    training: TrainingSection,
+    body: str,
 ) -> tuple[ParameterGroup, ...]:
-    head_rate = training.head_learning_rate or training.learning_rate
+    rates = {
+        body: training.learning_rate,
+        "adapter_B": training.learning_rate * method.loraplus_lr_ratio,
+        "head": training.head_learning_rate or training.learning_rate,
+    }
+    has_ratio = method.loraplus_lr_ratio != 1
     sorted_out: dict[tuple[str, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in chosen.items():
-        role = "head" if head is not None and _inside(name, head) else body
+        role = body
+        if head is not None and _inside(name, head):
+            role = "head"
+        elif has_ratio and name.endswith(f".adapters.{ADAPTER_NAME}.B"):
+            role = "adapter_B"
         sorted_out.setdefault((role, parameter.ndim >= 2), {})[name] = parameter
     return tuple(
         ParameterGroup(
             role=role,
             parameters=members,
-            learning_rate=head_rate if role == "head" else training.learning_rate,
+            learning_rate=rates[role],
             weight_decay=training.weight_decay if decays else 0.0,
         )
         for (role, decays), members in sorted_out.items()
