@@ -6,7 +6,7 @@ from loralab.adapters.attaching import attach, detach
 from loralab.adapters.certificate import MergeCertificate
 from loralab.adapters.data_driven import eva_starts, lora_ga_starts
 from loralab.adapters.extracting import adapter_parameters, count_parameters, extract
-from loralab.adapters.fingerprint import fingerprint
+from loralab.adapters.fingerprint import fingerprint, is_from_base
 from loralab.adapters.merge import merge, merge_in_place, restore, save_merged
 from loralab.adapters.peft_format import content_hash, read_adapter, write_adapter
 from loralab.adapters.probes import Probe
@@ -41,6 +41,7 @@ __all__ = [
     "fingerprint",
     "hosted",
     "install",
+    "is_from_base",
     "load_adapter",
     "lora_ga_starts",
     "merge",

@@ -55,6 +55,13 @@ def check_fingerprint(expected: Mapping[str, str], model: Mapping[str, str]) -> 
     )
 
 
+def is_from_base(base: Mapping[str, str], name: str, tensor: Tensor) -> bool | None:
+    """Whether a stored tensor is the fingerprint's parameter `name`; None where it knows none."""
+    if name not in base:
+        return None
+    return _alike(base, {name: _sample(tensor, grows=base[name].startswith("*"))}, name)
+
+
 def _alike(first: Mapping[str, str], second: Mapping[str, str], name: str) -> bool:
     """Same shape, and values at most one bf16 step apart (fp16 bases round twice)."""
     (shape_a, _, hex_a), (shape_b, _, hex_b) = (f[name].partition(":") for f in (first, second))

@@ -5,6 +5,7 @@ Pure functions on tensors, no modules. Deltas are never multiplied out, except b
 
 from loralab.lowrank.algebra import add, dare, knots, linear, scaled, subtract, ties
 from loralab.lowrank.compression import Approximation, balanced, truncate
+from loralab.lowrank.dense import dense_svd
 from loralab.lowrank.factors import (
     Factors,
     Number,
@@ -33,6 +34,7 @@ from loralab.lowrank.initialisers import (
     pissa,
     to_plain,
 )
+from loralab.lowrank.intruders import Intrusion, intruder_onset, intrusion
 from loralab.lowrank.scaling import (
     SCALINGS,
     ScalingName,
@@ -54,8 +56,10 @@ from loralab.lowrank.spectra import (
     overlap,
     overlap_table,
     random_overlap,
+    random_overlap_std,
     singular_values,
     stable_rank,
+    subspace_overlap,
 )
 from loralab.lowrank.streaming import RowStream, approximate
 
@@ -67,6 +71,7 @@ __all__ = [
     "Factors",
     "Initialiser",
     "InputSpectrum",
+    "Intrusion",
     "Number",
     "RowStream",
     "ScalingName",
@@ -84,6 +89,7 @@ __all__ = [
     "dare",
     "delta",
     "delta_rows",
+    "dense_svd",
     "effective_rank",
     "effective_step",
     "energy",
@@ -97,6 +103,8 @@ __all__ = [
     "initialiser",
     "inner_product",
     "input_spectrum",
+    "intruder_onset",
+    "intrusion",
     "kaiming",
     "knots",
     "linear",
@@ -107,10 +115,12 @@ __all__ = [
     "overlap_table",
     "pissa",
     "random_overlap",
+    "random_overlap_std",
     "scale_of",
     "scaled",
     "singular_values",
     "stable_rank",
+    "subspace_overlap",
     "subtract",
     "ties",
     "to_plain",

@@ -110,7 +110,14 @@ def overlap_table(
             f"overlap of deltas with {one.shape[1]} and {two.shape[1]} features on side {side!r}",
             "compare deltas of the same module.",
         )
-    shared = (one @ two.mT).double().square().cumsum(0).cumsum(1)
+    return subspace_overlap(one, two)
+
+
+def subspace_overlap(
+    first: Float[Tensor, "num_first features"], second: Float[Tensor, "num_second features"]
+) -> Float[Tensor, "num_first num_second"]:
+    """`phi(i, j)` of the first i and j rows, where both have orthonormal rows."""
+    shared = (first @ second.mT).double().square().cumsum(0).cumsum(1)
     i = torch.arange(1, shared.shape[0] + 1).unsqueeze(1)
     j = torch.arange(1, shared.shape[1] + 1).unsqueeze(0)
     return shared / torch.minimum(i, j)
@@ -119,6 +126,19 @@ def overlap_table(
 def random_overlap(num_first: int, num_second: int, num_features: int) -> float:
     """The expected `phi` of two random subspaces: `i j / d / min(i, j) = max(i, j) / d`."""
     return max(num_first, num_second) / num_features
+
+
+def random_overlap_std(num_first: int, num_second: int, num_features: int) -> float:
+    """The standard deviation of `phi` of two random subspaces.
+
+    `tr(P Q)` of random projections on i and j of d dimensions has the variance
+    `2 i j (d - i) (d - j) / (d^2 (d - 1) (d + 2))`.
+    """
+    i, j, d = num_first, num_second, num_features
+    if d < 2:
+        return 0.0
+    variance = 2 * i * j * (d - i) * (d - j) / (d**2 * (d - 1) * (d + 2))
+    return max(0.0, variance) ** 0.5 / min(i, j)
 
 
 def amplification(

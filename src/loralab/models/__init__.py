@@ -16,11 +16,13 @@ from loralab.models.structure import (
     num_parameters,
 )
 from loralab.models.tokenizer import load_tokenizer
+from loralab.models.weights import StoredWeights
 
 __all__ = [
     "PRESETS",
     "Dtype",
     "Pooling",
+    "StoredWeights",
     "Task",
     "blocks",
     "build_model",
