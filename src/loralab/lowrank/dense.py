@@ -28,7 +28,8 @@ def dense_svd(matrix: Float[Tensor, "out in"], num_directions: int | None = None
     vectors = vectors.to(torch.float32)
     across = matrix.to(torch.float32)
     # a direction without a value is any: divided by one, it stays (near) zero
-    divisor = S.masked_fill(S <= 1e-8 * S[0], 1.0).to(torch.float32)
+    negligible = S.max() * 1e-8
+    divisor = S.masked_fill(S <= negligible, 1.0).to(torch.float32)
     if matrix.shape[0] <= matrix.shape[1]:
         U, Vh = vectors, (vectors.mT @ across) / divisor[:, None]
     else:
