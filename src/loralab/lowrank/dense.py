@@ -24,17 +24,15 @@ def dense_svd(matrix: Float[Tensor, "out in"], num_directions: int | None = None
     short = min(matrix.shape)
     kept = short if num_directions is None else min(num_directions, short)
     squares, vectors = _eigen(_gram(matrix), kept)
-    S = squares.clamp_min(0).sqrt()
-    vectors = vectors.to(torch.float32)
-    across = matrix.to(torch.float32)
+    values = squares.clamp_min(0).sqrt()
+    vectors, across = vectors.to(torch.float32), matrix.to(torch.float32)
     # a direction without a value is any: divided by one, it stays (near) zero
-    negligible = S.max() * 1e-8
-    divisor = S.masked_fill(S <= negligible, 1.0).to(torch.float32)
+    divisor = values.masked_fill(values <= values.max() * 1e-8, 1.0).to(torch.float32)
     if matrix.shape[0] <= matrix.shape[1]:
         U, Vh = vectors, (vectors.mT @ across) / divisor[:, None]
     else:
         U, Vh = (across @ vectors) / divisor, vectors.mT
-    return SVD(U=U, S=S.to(torch.float32), Vh=Vh)
+    return SVD(U=U, S=values.to(torch.float32), Vh=Vh)
 
 
 def _gram(matrix: Float[Tensor, "out in"]) -> Float[Tensor, "short short"]:
