@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Heavy imports happen inside the verbs."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -291,22 +292,43 @@ def compare(
 
 @app.command(epilog=RECIPE_HELP)
 @_recipe
+@click.option(
+    "--convert",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="No check: settings that start the same training at another rank, scaling, init or alpha.",
+)
 @_common
 def doctor(
     recipe: str | None,
     overrides: tuple[str, ...],
     model: str | None,
+    changes: tuple[str, ...],
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Check a recipe on the real model and data, up to the second training step.
 
     \b
-    Example:
+    Examples:
       loralab doctor my.toml training.learning_rate=2e-5
+      loralab doctor my.toml --convert rank=64 --convert 'scaling=alpha/sqrt(rank)'
     """
     console = _console(as_json, quiet)
     config = _settings(recipe, overrides, model)
+    if changes:
+        from loralab.runs.convert import convert, parse_changes
+        from loralab.runs.tables import conversion_table
+
+        conversion = convert(config, parse_changes(changes))
+        if as_json:
+            console.data(conversion.to_dict())
+            return
+        console.table(*conversion_table(conversion.to_dict()))
+        console.text("\n" + shlex.join(conversion.arguments()))
+        console.text("\n".join(conversion.notes))
+        return
 
     from loralab.runs.doctor import examine
     from loralab.runs.tables import findings_table

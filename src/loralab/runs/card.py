@@ -91,10 +91,19 @@ def _method_line(config: RunConfig, facts: dict[str, Any]) -> str:
     trained = f"{facts['trainable_parameters']:,} of {facts['total_parameters']:,} parameters"
     if config.method.kind != "lora":
         return f"Trained: {trained}."
-    return (
-        f"Rank {config.method.rank}, alpha {config.method.alpha:g}, scaling "
-        f"{config.method.scaling}, targets {config.method.targets}. Trained: {trained}."
+    method, step = config.method, facts.get("effective_step")
+    parts = [
+        f"Rank {method.rank}, alpha {method.alpha:g}, scaling {method.scaling}",
+        f"initialisation {method.init}",
+        *(["DoRA"] if method.dora else []),
+        f"targets {method.targets}",
+    ]
+    started = (
+        f" Effective first step (scale * std(A) * learning rate): {step['effective_step']:.3g}."
+        if step
+        else ""
     )
+    return f"{', '.join(parts)}.{started} Trained: {trained}."
 
 
 def _results(evaluations: dict[str, dict[str, Any]]) -> list[str]:

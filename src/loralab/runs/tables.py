@@ -54,6 +54,24 @@ def findings_table(findings: list[dict[str, str]]) -> Table:
     return ("level", "finding"), rows
 
 
+def conversion_table(conversion: dict[str, Any]) -> Table:
+    """One row a figure of a setting, before and after."""
+    names = {
+        "scale": "scale",
+        "std_A": "std(A)",
+        "learning_rate_A": "learning rate of A",
+        "learning_rate_B": "learning rate of B",
+        "effective_step": "effective step: scale * std(A) * rate of B",
+        "first_update": "first update: rank * effective step",
+        "steps_before_A_moves": "steps before A moves",
+    }
+    rows = [
+        (name, f"{conversion['before'][key]:.4g}", f"{conversion['after'][key]:.4g}")
+        for key, name in names.items()
+    ]
+    return ("medians over the modules", "before", "after"), rows
+
+
 def certificate_table(certificate: dict[str, Any]) -> Table:
     """One row a figure of a merge."""
     names = {

@@ -42,6 +42,7 @@ from loralab.training import (
     StepDone,
     Trainable,
     Validated,
+    effective_step,
     fit,
 )
 
@@ -70,6 +71,7 @@ def train(
     bench = workbench or open_workbench(config, listen)
     trainable = bench.trainable(config)
     trained, total = count_parameters(trainable.model)
+    first_step = effective_step(trainable)
     run = create_run(
         folder,
         config,
@@ -79,6 +81,7 @@ def train(
             "trainable_parameters": trained,
             "total_parameters": total,
             "base_parameters": total - (trained if trainable.route else 0),
+            "effective_step": first_step and first_step.to_dict(),
             "splits": list(splits),
         },
     )

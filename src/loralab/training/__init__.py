@@ -1,7 +1,8 @@
 """Methods, the training loop as a generator of events, checkpoints, predictions, the doctor."""
 
-from loralab.training.devices import choose_device, use_threads
+from loralab.training.devices import choose_device, planned_for, use_threads
 from loralab.training.doctor import examine, examine_setup
+from loralab.training.effective_step import EffectiveStep, effective_step, summarise
 from loralab.training.events import (
     CheckpointSaved,
     Event,
@@ -19,7 +20,7 @@ from loralab.training.plan import Plan, lay_out
 from loralab.training.predict import Prediction, accuracy, mean_nll, predict
 from loralab.training.prefix import PrefixStore
 from loralab.training.schedule import Schedule, build_schedule
-from loralab.training.starting import START_FILE
+from loralab.training.starting import START_FILE, lora_config
 from loralab.training.step import Outcome, repeatable_step
 from loralab.training.streams import stream_seed
 
@@ -27,6 +28,7 @@ __all__ = [
     "ADAPTER_NAME",
     "START_FILE",
     "CheckpointSaved",
+    "EffectiveStep",
     "Event",
     "Examined",
     "Finding",
@@ -44,15 +46,19 @@ __all__ = [
     "accuracy",
     "build_schedule",
     "choose_device",
+    "effective_step",
     "environment",
     "examine",
     "examine_setup",
     "fit",
     "lay_out",
+    "lora_config",
     "mean_nll",
+    "planned_for",
     "predict",
     "prepare",
     "repeatable_step",
     "stream_seed",
+    "summarise",
     "use_threads",
 ]

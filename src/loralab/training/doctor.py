@@ -7,6 +7,7 @@ import torch
 
 from loralab.data import Encoded
 from loralab.errors import TrainingError
+from loralab.training.effective_step import effective_step
 from loralab.training.events import Finding
 from loralab.training.forward import Forward, num_targets
 from loralab.training.methods import Trainable
@@ -55,6 +56,7 @@ def examine_setup(trainable: Trainable, rows: Sequence[Encoded]) -> list[Finding
     """What settings, model and rows tell before the first step."""
     return [
         *_parameters(trainable),
+        *_effective_step(trainable),
         *_head(trainable),
         *_labels(trainable, rows),
         *_warmup(trainable, rows),
@@ -126,6 +128,12 @@ def _parameters(trainable: Trainable) -> Iterator[Finding]:
             numbers[kind] += parameter.numel()
     listed = ", ".join(f"{len(cost[k])} {k} ({n:,})" for k, n in numbers.most_common())
     yield Finding("info", "targets", f"the adapter's modules and their parameters: {listed}")
+
+
+def _effective_step(trainable: Trainable) -> Iterator[Finding]:
+    found = effective_step(trainable)
+    if found is not None:
+        yield Finding("info", "effective-step", found.describe())
 
 
 def _head(trainable: Trainable) -> Iterator[Finding]:
