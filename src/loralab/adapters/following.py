@@ -10,8 +10,10 @@ from loralab.adapters import attention
 from loralab.adapters.doubles import double, plain_tensors
 from loralab.adapters.items import as_addition, is_additive, replacements
 from loralab.adapters.layers import Path, path_of
+from loralab.adapters.members import fits, member_of, share
 from loralab.adapters.routes import Mix, Probe, Route
 from loralab.adapters.rows import move_rows_first, row_dimension
+from loralab.adapters.step import low_rank_step
 from loralab.errors import RouteError
 
 Forward = Callable[..., Any]
@@ -63,6 +65,9 @@ def run(
     """The output when all rows use the same mix of adapters, all of which the module hosts."""
     if isinstance(module, nn.MultiheadAttention):
         return attention.run(module, bank, mix, args, kwargs)
+    member = member_of(module, mix)
+    if member is not None and fits(member, input_of(args, kwargs)):
+        return low_rank_step(input_of(args, kwargs), *share([member]))[0]
     replacing = [
         (bank.get(name), weight) for name, weight in mix if not is_additive(bank.get(name))
     ]

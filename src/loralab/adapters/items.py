@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loralab.adapters.adapter import Layer
 from loralab.adapters.layers import Path, low_rank
+from loralab.adapters.noise import draw_places, kept
 
 
 class Pair(nn.Module):
@@ -68,8 +69,8 @@ class Pair(nn.Module):
         With a magnitude m (DoRA, 2402.09353, equation 5; the norm is a constant in the gradient):
         `m / ||W + s B A|| (W x + s B A x) - W x`.
         """
-        if self.dropout and self.training and x.is_floating_point():
-            x = F.dropout(x, self.dropout)
+        if self.drops(x):
+            x = kept(x, draw_places(x), self.dropout) / (1 - self.dropout)
         A, B = self.factors()
         if self.magnitude is None:
             return low_rank(module, path, x, A, B, self.scale * weight, y.dtype)
@@ -80,6 +81,11 @@ class Pair(nn.Module):
         if bias is not None:
             y = y - path.per_output(bias.to(y.dtype), y)
         return weight * ((ratio - 1) * y + ratio * learnt)
+
+    @no_type_check
+    def drops(self, x: Tensor) -> bool:
+        """Whether entries of the input `x` are dropped."""
+        return bool(self.dropout) and self.training and x.is_floating_point()
 
     def extra_repr(self) -> str:
         rank, columns = self.A.shape

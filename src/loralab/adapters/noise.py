@@ -1,0 +1,48 @@
+"""Dropout whose masks are never kept: a window into a fixed table of coin flips for each row.
+
+A generator's mask costs more time than the low-rank product it serves, and keeping it costs as much
+memory as the input. Here each row of the input gets a random place in a table of 4 million flips,
+drawn from torch's generator; the row's mask is what follows that place. Eight bytes a row bring
+the mask back in the backward pass. Every entry is dropped with the wanted probability, and rows,
+layers and steps have places of their own.
+"""
+
+import functools
+from typing import no_type_check
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NUM_FLIPS = 1 << 22
+_SEED = 0x10AA
+
+Places = Int[Tensor, " rows"]
+
+
+@no_type_check
+def draw_places(x: Float[Tensor, "*rows width"]) -> Places:
+    """A random place in the table for each row of `x`, from the generator of its device."""
+    num_rows = x.numel() // max(1, x.shape[-1])
+    return torch.randint(NUM_FLIPS - x.shape[-1] + 1, (num_rows,), device=x.device)
+
+
+@no_type_check
+def kept(
+    x: Float[Tensor, "*rows width"], places: Places, dropout: float | int
+) -> Float[Tensor, "*rows width"]:
+    """`x` where the flips at its rows' places say keep, else 0; not scaled by `1 / (1 - dropout)`.
+
+    A non-zero entry is dropped with probability `dropout`, to 1 in 65,536.
+    """
+    flips = _table(dropout, x.dtype, x.device, torch._guards.active_fake_mode())
+    mask = flips.unfold(0, x.shape[-1], 1).index_select(0, places)
+    return mask.view(x.shape).mul_(x)
+
+
+@functools.lru_cache(maxsize=8)
+def _table(dropout: float | int, dtype: torch.dtype, device: torch.device, _mode: object) -> Tensor:
+    """1 with probability `1 - dropout`, else 0; the same flips on every device."""
+    generator = torch.Generator().manual_seed(_SEED)
+    words = torch.randint(1 << 16, (NUM_FLIPS,), generator=generator, dtype=torch.int32)
+    return (words >= round(dropout * (1 << 16))).to(device, dtype)
