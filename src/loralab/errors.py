@@ -66,6 +66,10 @@ class ResumeError(LoralabError):
     """A run that cannot be continued bit for bit."""
 
 
+class PlanError(LoralabError):
+    """A plan that cannot be made: an unknown device, a step that cannot be traced, no room."""
+
+
 class TrainingError(LoralabError):
     """A training that ran and failed: a loss that is not a number, a gradient that never came."""
 

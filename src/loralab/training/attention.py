@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from loralab.training.devices import device_kind
+
 SHORT_ROW_TOKENS = 128
 """Up to here the matrices of attention weights are small beside the other activations."""
 
@@ -35,4 +37,4 @@ def _is_slow(model: nn.Module, config: Any) -> bool:
     parameter = next(model.parameters())
     is_half = parameter.dtype in (torch.bfloat16, torch.float16)
     own = getattr(config, "_attn_implementation", None)
-    return is_half and parameter.device.type == "cpu" and own == "sdpa"
+    return is_half and device_kind(parameter) == "cpu" and own == "sdpa"

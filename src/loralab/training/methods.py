@@ -97,6 +97,7 @@ def prepare(
     task: Task,
     rows: Sequence[Encoded] = (),
     start: Path | None = None,
+    device: torch.device | None = None,
 ) -> Trainable:
     """Move `model` to its device, freeze what `method` freezes, attach what it attaches.
 
@@ -106,12 +107,13 @@ def prepare(
 
     rows: training rows, for initialisers that look at data (`eva`, `lora_ga`).
     start: where `Trainable.keep_start` wrote what the run began with; used if it is there.
+    device: instead of the one that `training.device` names ("meta": shapes, for plans).
 
     Raises `ConfigError` and `ModelError` for settings that the model cannot follow, `TargetError`
     for targets and patterns that match nothing, `ResumeError` for a damaged `start`.
     """
     use_threads(training)
-    device = choose_device(training.device)
+    device = choose_device(training.device) if device is None else device
     model.to(device)
     head = head_name(model) if task == "classification" else None
     route, num_frozen, adapter = None, 0, None
