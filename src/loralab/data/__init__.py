@@ -10,6 +10,7 @@ from loralab.data.batching import (
 from loralab.data.encoding import encode, encoding_facts
 from loralab.data.examples import Batch, Dataset, Encoded, Example, Message
 from loralab.data.loading import load_dataset, load_rows
+from loralab.data.splitting import sample
 
 __all__ = [
     "Batch",
@@ -26,4 +27,5 @@ __all__ = [
     "load_rows",
     "order_hash",
     "padding_waste",
+    "sample",
 ]

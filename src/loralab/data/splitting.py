@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from loralab.data.examples import Example
+from loralab.data.examples import Encoded, Example
 
 SPLITS = ("train", "validation", "test")
 SHARES: Mapping[str, float] = {"train": 0.7, "validation": 0.1, "test": 0.2}
@@ -82,6 +82,13 @@ def cap(examples: Sequence[Example], num_rows: int | None) -> list[Example]:
     shares = [hash_share(f"{e.id}\n{normalise(e.content)}", "cap") for e in examples]
     chosen = sorted(range(len(examples)), key=lambda index: (shares[index], index))[:num_rows]
     return [examples[index] for index in sorted(chosen)]
+
+
+def sample(rows: Sequence[Encoded], count: int, purpose: str) -> list[Encoded]:
+    """At most `count` rows, chosen and ordered by the hash of their names."""
+    shares = [hash_share(row.id, purpose) for row in rows]
+    chosen = sorted(range(len(rows)), key=lambda index: (shares[index], index))
+    return [rows[index] for index in chosen[:count]]
 
 
 def remove_leaks(parts: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:

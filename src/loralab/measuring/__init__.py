@@ -1,4 +1,4 @@
-"""Metrics with their intervals, statistics of comparisons, meters of memory and time."""
+"""Metrics with their intervals, statistics of comparisons, probes, meters of memory and time."""
 
 from loralab.measuring.memory import live_bytes, peak_live_bytes
 from loralab.measuring.metrics import (
@@ -8,6 +8,7 @@ from loralab.measuring.metrics import (
     confusion_matrix,
     wilson,
 )
+from loralab.measuring.probes import ProbeCheck, check_probes, log_likelihoods, make_probes
 from loralab.measuring.statistics import (
     POWER,
     CountsBound,
@@ -29,11 +30,15 @@ __all__ = [
     "Interval",
     "McNemar",
     "PairedDifference",
+    "ProbeCheck",
+    "check_probes",
     "classification_metrics",
     "completion_metrics",
     "confusion_matrix",
     "holm",
     "live_bytes",
+    "log_likelihoods",
+    "make_probes",
     "mcnemar",
     "mean_over_seeds",
     "median_step_seconds",

@@ -7,17 +7,18 @@ import numpy as np
 from safetensors.torch import load_file
 from torch import nn
 
-from loralab.adapters import load_adapter
+from loralab.adapters import install, read_adapter
 from loralab.config import RunConfig
 from loralab.data import Encoded, load_dataset, load_rows
 from loralab.errors import DataError
 from loralab.events import Listener, Phase, ignore
 from loralab.files import write_json, write_json_lines
-from loralab.measuring import classification_metrics, completion_metrics
+from loralab.measuring import check_probes, classification_metrics, completion_metrics
 from loralab.runs.folder import HEAD_FILE, Run, open_run
 from loralab.runs.workbench import Workbench, base_model, open_workbench
 from loralab.training import ADAPTER_NAME, Prediction, choose_device, predict, use_threads
 
+CHECKED_PROBES = 4  # at every load; a merge is measured on all of them
 FILE_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 
 
@@ -55,11 +56,16 @@ def evaluate(
     return document
 
 
-def trained_model(run: Run) -> tuple[nn.Module, str | None]:
-    """The trained model of a finished run on its device, and the adapter's name if it has one."""
+def trained_model(run: Run, device: str | None = None) -> tuple[nn.Module, str | None]:
+    """The trained model of a finished run, and the adapter's name if it has one.
+
+    device: instead of the one that the run's settings name.
+
+    Raises `AdapterError` where the adapter's probes show that it is not in force.
+    """
     config = run.config
     use_threads(config.training)
-    route = None
+    route, probes = None, ()
     if run.artifact.name == "model":
         model = base_model(config.replace(model__name=str(run.artifact)))
     elif run.artifact.name == "head":
@@ -67,9 +73,13 @@ def trained_model(run: Run) -> tuple[nn.Module, str | None]:
         model.load_state_dict(load_file(run.artifact / HEAD_FILE), strict=False)
     else:
         model = base_model(config)
-        load_adapter(model, run.artifact, name=ADAPTER_NAME)
-        route = ADAPTER_NAME
-    return model.to(choose_device(config.training.device)).eval(), route
+        adapter = read_adapter(run.artifact)
+        install(model, adapter, ADAPTER_NAME)
+        route, probes = ADAPTER_NAME, adapter.probes
+    model = model.to(choose_device(device or config.training.device)).eval()
+    if route is not None and probes:
+        check_probes(model, probes[:CHECKED_PROBES], route)
+    return model, route
 
 
 def score(

@@ -3,18 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from loralab.adapters import load_adapter, merge as merge_into, merge_checkpoint, save_merged
-from loralab.data import Encoded
+from loralab.adapters import merge as merge_into, merge_checkpoint, save_merged
 from loralab.errors import ConfigError, RunError
 from loralab.events import Listener, Phase, ignore
+from loralab.models import load_tokenizer
+from loralab.runs.evaluate import trained_model
 from loralab.runs.folder import MANIFEST, open_run, refuse_existing
-from loralab.runs.workbench import base_model, open_workbench
-from loralab.training import ADAPTER_NAME
-
-NUM_PROBES = 32
 
 
 def merge(
@@ -28,8 +22,8 @@ def merge(
 ) -> dict[str, Any]:
     """Merge a finished run's adapter, or an adapter folder into the checkpoint folder `base`.
 
-    A run is merged with probes (texts of its validation rows), so that its certificate says how
-    much of the adapter's effect is kept. A checkpoint is merged shard by shard, never whole in
+    A run's adapter is measured on the probes that were stored with it, so that the certificate says
+    how much of its effect is kept. A checkpoint is merged shard by shard, never whole in
     memory. Returns the certificate. Raises `OutputError` where `output` exists, `AdapterError`
     where more than `limit` of the effect would be lost and not `force`.
     """
@@ -56,18 +50,9 @@ def _merge_run(
             f"{source} was trained by {run.config.method.kind} and has no adapter to merge",
             f"its weights are plain already: {run.artifact}.",
         )
-    bench = open_workbench(run.config, listen)
     listen(Phase("merging"))
-    model = base_model(run.config)
-    load_adapter(model, run.artifact, name=ADAPTER_NAME)
-    probes = [_as_inputs(row) for row in bench.rows["validation"][:NUM_PROBES]]
-    merged, certificate = merge_into(
-        model.eval(), ADAPTER_NAME, probes or None, limit=limit, force=force
-    )
-    save_merged(merged, certificate, output, bench.tokenizer)
+    model, route = trained_model(run, device="cpu")
+    assert route is not None  # its artifact is an adapter
+    merged, certificate = merge_into(model, route, limit=limit, force=force)
+    save_merged(merged, certificate, output, load_tokenizer(run.config.model.name))
     return certificate.to_dict()
-
-
-def _as_inputs(row: Encoded) -> dict[str, Tensor]:
-    ids = torch.tensor([row.input_ids])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

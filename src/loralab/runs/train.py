@@ -16,6 +16,7 @@ from loralab.config import RunConfig
 from loralab.errors import Interrupted, RunError, TrainingError
 from loralab.events import Listener, Note, Phase, Progress, ignore
 from loralab.files import replacing, write_text
+from loralab.measuring import make_probes
 from loralab.models import quiet
 from loralab.reports import write_run_report
 from loralab.runs.card import model_card
@@ -171,7 +172,9 @@ def _save(run: Run, bench: Workbench, trainable: Trainable) -> dict[str, Any]:
     kind, model = ARTIFACT_OF[run.config.method.kind], trainable.model
     folder = run.folder / kind
     if trainable.route:
-        save_adapter(model, trainable.route, folder)
+        held_out = bench.rows["validation"] or bench.rows["train"]
+        probes = make_probes(model, held_out, route=trainable.route)
+        save_adapter(model, trainable.route, folder, probes=probes)
     else:
         with replacing(folder) as aside:
             aside.mkdir()

@@ -23,12 +23,11 @@ from torch import Generator, Tensor, nn
 
 from loralab.adapters import LoRAConfig, eva_starts, lora_ga_starts
 from loralab.config import MethodSection, Task, TrainingSection
-from loralab.data import Encoded
+from loralab.data import Encoded, sample
 from loralab.errors import ConfigError, ResumeError, TargetError, nearest
 from loralab.files import replacing
 from loralab.lowrank import Factors, Initialiser, Number, Start
 from loralab.training.batches import batch_for
-from loralab.training.streams import stream_seed
 
 START_FILE = "start.safetensors"
 FROM_DATA = frozenset({"eva", "lora_ga"})
@@ -94,7 +93,8 @@ def starts_from_data(
             f"method.init {method.init!r} looks at training rows, and there are none",
             "give training rows, or choose another method.init.",
         )
-    looked_at = _Look(model, task, _chosen(rows, method.init_rows, training.seed), training)
+    chosen = sample(rows, method.init_rows, f"init {training.seed}")
+    looked_at = _Look(model, task, chosen, training)
     was_training = model.training
     model.eval()
     try:
@@ -162,16 +162,6 @@ def _kept(A: Tensor, B: Tensor, moves: bool) -> Initialiser:
         return Start(A=A.clone(), B=B.clone(), base_change=taken_off)
 
     return start
-
-
-def _chosen(rows: Sequence[Encoded], count: int, seed: int) -> list[Encoded]:
-    """`count` of the rows: those whose names, with the seed, have the lowest hashes."""
-    salt = stream_seed(seed, "initialisation")
-
-    def order(row: Encoded) -> bytes:
-        return hashlib.sha256(f"{salt}:{row.id}".encode()).digest()
-
-    return sorted(rows, key=order)[:count]
 
 
 class _Look:
