@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -59,6 +59,19 @@ def _settings(recipe: str | None, overrides: tuple[str, ...], model: str | None)
         )
     named = () if model is None else (f'model.name="{model}"',)
     return load_config(recipe, (*overrides, *named))
+
+
+def _plan_settings(recipe: str | None, overrides: tuple[str, ...], model: str | None) -> Any:
+    from loralab.config import config_without_rows
+
+    if recipe is not None:
+        return _settings(recipe, overrides, model)
+    if model is None:
+        raise ConfigError(
+            "no recipe and no model given",
+            "name a recipe (`loralab plan demo`), or a model (`loralab plan --model llama-3.2-1b`).",
+        )
+    return config_without_rows((f'model.name="{model}"', *overrides))
 
 
 def _console(as_json: bool, quiet: bool = False) -> "Console":
@@ -288,6 +301,47 @@ def compare(
     console.table(*comparison_table(comparison))
     console.text(f"\n{comparison['verdict']}\n")
     console.text(f"{folder / 'comparison.json'}\n{folder / 'report.html'}")
+
+
+@app.command(epilog=RECIPE_HELP)
+@_recipe
+@click.option("--device", default="auto", show_default=True, help='a10, h100, "16GiB", cpu ...')
+@click.option(
+    "--step",
+    type=click.Choice(["own", "peft"]),
+    default="own",
+    show_default=True,
+    help="Whose training step: loralab's own, or plain PEFT's.",
+)
+@_common
+def plan(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    model: str | None,
+    device: str,
+    step: Literal["own", "peft"],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Will it fit? The memory of a training step, before anything is loaded.
+
+    RECIPE may be left out with --model: a preset (llama-3.1-8b), a folder or config.json, a
+    catalogue name, or a hub id. No weights are needed.
+
+    \b
+    Examples:
+      loralab plan my.toml --device a10
+      loralab plan --model llama-3.1-70b --device h100 method.rank=16 training.batch_size=1
+    """
+    console = _console(as_json, quiet)
+    if recipe is not None and "=" in recipe:
+        recipe, overrides = None, (recipe, *overrides)
+    config = _plan_settings(recipe, overrides, model)
+
+    from loralab.runs.plan import plan as make_plan
+
+    document = make_plan(config, device=device, step=step, listen=console.listen)
+    console.data(document)
 
 
 @app.command(epilog=RECIPE_HELP)

@@ -245,10 +245,18 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises `ConfigError` for a recipe that is not found or is no TOML, and as `parse_config` does.
     """
-    tables = read_recipe(recipe)
+    return _overridden(read_recipe(recipe), overrides, source=str(recipe))
+
+
+def config_without_rows(overrides: Sequence[str]) -> RunConfig:
+    """Settings made of overrides alone, for what reads no rows: a plan. As `load_config`."""
+    return _overridden({"data": {"name": "no rows are read"}}, overrides, source="the settings")
+
+
+def _overridden(tables: dict[str, Any], overrides: Sequence[str], source: str) -> RunConfig:
     for override in overrides:
         _apply(tables, override)
-    return parse_config(tables, source=str(recipe))
+    return parse_config(tables, source=source)
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:

@@ -1,0 +1,154 @@
+"""A timeline -> what it holds at its highest moments, in bytes, by kind."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loralab.planning.allocator import CachingAllocator
+from loralab.planning.devices import Device
+from loralab.planning.facts import cublas_workspace_bytes
+from loralab.planning.timeline import Place, Timeline, kind_of
+
+ROUNDING = "allocator rounding"
+LIBRARIES = "cuBLAS workspaces"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of the step that has the same name whatever the number of blocks.
+
+    block is "first", "middle" or "last" of its run of alike blocks, empty outside.
+    """
+
+    phase: str
+    run: int = 0
+    block: str = ""
+    op: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The highest moment of a stretch. Bytes may be fractions of extended lines: round at the end.
+
+    allocated: as `torch.cuda.max_memory_allocated` counts. reserved: what the allocator has taken
+    from the driver by then. parts add up to `allocated`.
+    """
+
+    allocated: float
+    reserved: float
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """The peaks of all stretches in the order of time, and what the step computes."""
+
+    peaks: Mapping[Stretch, Peak]
+    flops: float
+    num_ops: float
+    curve: tuple[tuple[int, dict[str, int]], ...] = field(default=(), repr=False)
+
+    @property
+    def highest(self) -> tuple[Stretch, Peak]:
+        """The stretch with the highest peak."""
+        return max(self.peaks.items(), key=lambda item: item[1].allocated)
+
+    @property
+    def reserved(self) -> float:
+        """The most the allocator has taken from the driver."""
+        return max(max(peak.reserved, peak.allocated) for peak in self.peaks.values())
+
+
+def account(timeline: Timeline, device: Device, runs: Mapping[int, tuple[int, int]]) -> Accounts:
+    """Replay a timeline through the device's allocator.
+
+    `runs` gives the first and last block of each run of alike blocks.
+    """
+    sizes = [block.num_bytes for block in timeline.blocks]
+    always = {}
+    if device.type == "cuda":
+        always[LIBRARIES] = cublas_workspace_bytes(device.capability)
+    allocated, reserved, rounded = _replay(timeline, sizes, device)
+    stretches = _stretches(timeline, runs)
+    tops: dict[Stretch, int] = {}
+    highest_reserved: dict[Stretch, int] = {}
+    for index, stretch in enumerate(stretches):
+        if stretch is None:
+            continue
+        if stretch not in tops or allocated[index] > allocated[tops[stretch]]:
+            tops[stretch] = index
+        highest_reserved[stretch] = max(highest_reserved.get(stretch, 0), reserved[index])
+    snapshots = _snapshots(timeline, sizes, rounded, set(tops.values()))
+    extra = sum(always.values())
+    peaks = {
+        stretch: Peak(
+            allocated[index] + extra,
+            highest_reserved[stretch] + extra,
+            snapshots[index] | always,
+        )
+        for stretch, index in tops.items()
+    }
+    return Accounts(peaks, timeline.flops, timeline.num_ops)
+
+
+def _replay(
+    timeline: Timeline, sizes: list[int], device: Device
+) -> tuple[list[int], list[int], list[int]]:
+    """Bytes allocated and reserved after every event, and each block's size with rounding."""
+    events = timeline.events()
+    allocated, reserved = [], []
+    if device.type != "cuda":
+        total = 0
+        for index, sign in events:
+            total += sign * sizes[index]
+            allocated.append(total)
+        return allocated, allocated, sizes
+    allocator = CachingAllocator()
+    pieces = {}
+    rounded = list(sizes)
+    for index, sign in events:
+        if sign > 0:
+            pieces[index] = piece = allocator.allocate(sizes[index])
+            rounded[index] = piece.size if piece else 0
+        else:
+            allocator.free(pieces.pop(index))
+        allocated.append(allocator.allocated)
+        reserved.append(allocator.reserved)
+    return allocated, reserved, rounded
+
+
+def _stretches(timeline: Timeline, runs: Mapping[int, tuple[int, int]]) -> list[Stretch | None]:
+    """The stretch that each event falls into; None before the step that counts."""
+    found: list[Stretch | None] = []
+    moments = iter(timeline.moments_by_tick())
+    _, end, moment = next(moments, (0, 0, (0, "", Place(), "")))
+    for tick in range(timeline.end):
+        while tick >= end and (following := next(moments, None)) is not None:
+            _, end, moment = following
+        found.append(None if tick < timeline.start else _stretch(moment[1:], runs))
+    return found
+
+
+def _stretch(moment: tuple[str, Place, str], runs: Mapping[int, tuple[int, int]]) -> Stretch:
+    phase, place, op = moment
+    if place.block is None or place.run not in runs:
+        return Stretch(phase, op=op, kind=place.kind)
+    first, last = runs[place.run]
+    side = "first" if place.block == first else "last" if place.block == last else "middle"
+    return Stretch(phase, place.run, side)
+
+
+def _snapshots(
+    timeline: Timeline, sizes: list[int], rounded: list[int], wanted: set[int]
+) -> dict[int, dict[str, float]]:
+    """Parts by kind after each of the events in `wanted`."""
+    parts: defaultdict[str, float] = defaultdict(float)
+    kinds = [kind_of(block) for block in timeline.blocks]
+    found = {}
+    for event, (index, sign) in enumerate(timeline.events()):
+        parts[kinds[index]] += sign * sizes[index]
+        parts[ROUNDING] += sign * (rounded[index] - sizes[index])
+        if event in wanted:
+            found[event] = {kind: held for kind, held in parts.items() if held}
+    return found

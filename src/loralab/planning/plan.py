@@ -1,0 +1,115 @@
+"""The plan of a training step: what it needs, whether that fits, what would make it smaller."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loralab.config import RunConfig
+from loralab.planning.accounts import Accounts, Stretch
+from loralab.planning.blocks import linear_layers
+from loralab.planning.devices import Device
+from loralab.planning.predict import predict
+from loralab.planning.steps import ModelSource, StepKind, Traceable, traceable
+
+ERROR_BAR = 0.02
+"""Relative: the worst that a traced plan has been off by (benchmarks/planning.py)."""
+
+SAFETY_MARGIN = 0.01
+"""Of the capacity, kept free on top of the error bar: fragments that the allocator cannot use."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one training step needs on a device.
+
+    peak_bytes is what `torch.cuda.max_memory_allocated` will say; the driver shows
+    `reserved_bytes + context_bytes`. `error_bar` is relative. `estimated`: by formula, since the
+    step could not be traced.
+    """
+
+    config: RunConfig
+    device: Device
+    step: StepKind
+    accounts: Accounts = field(repr=False)
+    error_bar: float = ERROR_BAR
+    estimated: str = ""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest number of bytes in tensors and libraries' workspaces."""
+        return round(self.accounts.highest[1].allocated)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the device must hold for the plan to be safe: peak, its error, the context."""
+        return round(self.peak_bytes * (1 + self.error_bar)) + self.device.context_bytes
+
+    @property
+    def usable_bytes(self) -> int:
+        """The capacity less the safety margin."""
+        return round(self.device.capacity_bytes * (1 - SAFETY_MARGIN))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits the device with its error bar and the safety margin."""
+        return self.needed_bytes <= self.usable_bytes
+
+    @property
+    def phase(self) -> str:
+        """In words, when the peak is."""
+        return phase_name(self.accounts.highest[0])
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes at the peak by what they are held for, largest first; they add up to it."""
+        parts = _whole_numbers(self.accounts.highest[1].parts, self.peak_bytes)
+        return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+
+def phase_name(stretch: Stretch) -> str:
+    """A stretch of the step in words: "backward, last block"."""
+    if stretch.block:
+        return f"{stretch.phase}, {stretch.block} block"
+    if stretch.phase in ("optimiser", "after backward"):
+        return f"{stretch.phase} ({stretch.op.partition('.')[0]})"
+    return f"{stretch.phase}, {stretch.kind or 'outside of the model'}"
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes plans of one device and one kind of step; a model's shapes are made once.
+
+    `model`, a module or what makes one, takes the place of `model.name` in every plan.
+    """
+
+    device: Device
+    step: StepKind = "own"
+    model: ModelSource | None = None
+    _sources: dict[str, Traceable] = field(default_factory=dict, repr=False)
+
+    def plan(self, config: RunConfig) -> Plan:
+        """The plan of `config`'s training step. Raises any error of its settings."""
+        source = self._source(config)
+        return Plan(config, self.device, self.step, predict(config, self.device, source=source))
+
+    def position_limit(self, config: RunConfig) -> int | None:
+        """How many tokens a row of the model can have; None where it does not say."""
+        settings = getattr(self._source(config).model, "config", None)
+        return getattr(settings, "max_position_embeddings", None)
+
+    def attention_layers(self, config: RunConfig) -> list[str]:
+        """Paths inside a block of the linear layers of its attention."""
+        return linear_layers(self._source(config).model, "attention")
+
+    def _source(self, config: RunConfig) -> Traceable:
+        key = config.replace(training__batch_size=1, data__max_tokens=1).model_dump_json()
+        if key not in self._sources:
+            self._sources[key] = traceable(config, self.step, self.model)
+        return self._sources[key]
+
+
+def _whole_numbers(parts: Mapping[str, float], total: int) -> dict[str, int]:
+    """Parts rounded to bytes so that they still add up."""
+    rounded = {kind: round(held) for kind, held in parts.items() if round(held) > 0}
+    largest = max(rounded, key=lambda kind: rounded[kind])
+    rounded[largest] += total - sum(rounded.values())
+    return rounded

@@ -1,0 +1,44 @@
+"""From settings to the accounts of a training step, without a weight."""
+
+from collections.abc import Sequence
+
+from loralab.config import RunConfig
+from loralab.planning.accounts import Accounts, account
+from loralab.planning.blocks import Run, find_runs, places_of, run_ends
+from loralab.planning.devices import Device
+from loralab.planning.extend import extended
+from loralab.planning.facts import rules_for
+from loralab.planning.steps import Traceable
+from loralab.planning.timeline import Timeline
+from loralab.planning.trace import Tracer, trace
+from loralab.training import planned_for
+
+
+def predict(
+    config: RunConfig,
+    device: Device,
+    *,
+    source: Traceable,
+    whole: bool = False,
+) -> Accounts:
+    """The accounts of one training step of `config` on `device`.
+
+    `source` is the step, made by `traceable` from settings that differ in batch and length at
+    most. Blocks that repeat are traced once and extended; `whole` traces every one.
+
+    Raises `PlanError` for a step that cannot be traced.
+    """
+    runs = find_runs(source.model)
+
+    def few(kept: Sequence[Run]) -> Accounts:
+        return account(timeline(config, device, source, kept), device, run_ends(kept))
+
+    return few(runs) if whole else extended(few, runs)
+
+
+def timeline(config: RunConfig, device: Device, source: Traceable, runs: Sequence[Run]) -> Timeline:
+    """What a step of the model with the kept blocks allocates and frees."""
+    tracer = Tracer(rules_for(device))
+    with planned_for(device.type):
+        ready = source.ready(tracer, runs, config)
+        return trace(tracer, ready.step, places_of(ready.model, runs), before=ready.before)

@@ -1,0 +1,236 @@
+"""The steps that can be traced: this project's own, and plain PEFT's."""
+
+import copy
+import dataclasses
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from loralab.adapters import adapter_parameters
+from loralab.config import RunConfig
+from loralab.data import Encoded, collate
+from loralab.errors import PlanError
+from loralab.models import enable_activation_checkpointing, head_name, quiet
+from loralab.planning.blocks import Run, kept_blocks, renumber_blocks
+from loralab.planning.sources import meta_model
+from loralab.planning.trace import Tracer
+from loralab.training import Trainable, prepare, repeatable_step
+
+Step = Callable[[], object]
+
+
+StepKind = Literal["own", "peft"]
+ModelSource = nn.Module | Callable[[], nn.Module]
+
+
+class Traceable(Protocol):
+    """A model on the meta device and the step that trains it.
+
+    `ready` cuts the model down to the kept blocks, puts fake tensors in the place of its weights
+    and gives the step on rows of `config`, which may differ in batch and length alone from the
+    settings that the model was made for.
+    """
+
+    model: nn.Module
+
+    def ready(self, tracer: Tracer, runs: Sequence[Run], config: RunConfig) -> "Ready": ...
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A step that can be traced. `before` is run first: what a training holds between steps."""
+
+    step: Step
+    model: nn.Module
+    before: Step
+
+
+def traceable(config: RunConfig, kind: StepKind, source: ModelSource | None = None) -> Traceable:
+    """The step of `config`: this project's, or plain PEFT's and transformers'.
+
+    Raises `PlanError` for "peft" where PEFT is not installed, and what `meta_model` and `prepare`
+    raise.
+    """
+    model = meta_model(config, source)
+    if kind == "peft":
+        return PlainStep(config, model)
+    return OwnStep(_own(config, model))
+
+
+def _own(config: RunConfig, model: nn.Module) -> Trainable:
+    meta = torch.device("meta")
+    return prepare(model, config.method, config.training, task=config.model.task, device=meta)
+
+
+def _nothing() -> None:
+    """A step of this project makes its optimiser's state when it is built."""
+
+
+class OwnStep:
+    """This project's own training step, from `training.repeatable_step`."""
+
+    def __init__(self, trainable: Trainable) -> None:
+        self._trainable = trainable
+        self.model = trainable.model
+
+    def ready(self, tracer: Tracer, runs: Sequence[Run], config: RunConfig) -> Ready:
+        model, fakes = _faked(self.model, tracer, runs)
+        whole = self._trainable
+        groups = (
+            dataclasses.replace(
+                group,
+                parameters={n: fakes[id(p)] for n, p in group.parameters.items() if id(p) in fakes},
+            )
+            for group in whole.groups
+        )
+        cut = dataclasses.replace(
+            whole,
+            model=model,
+            groups=tuple(group for group in groups if group.parameters),
+            training=config.training,
+            device=torch.device("cpu"),
+        )
+        if cut.route is not None:
+            tracer.label(adapter_parameters(model, cut.route).values(), "adapters")
+        tracer.label(fakes.values(), "weights")
+        with tracer.fake:
+            return Ready(repeatable_step(cut, rows_for(config)), model, before=_nothing)
+
+
+class PlainStep:
+    """The loop everybody writes: forward, backward, clip, AdamW, with PEFT where LoRA is wanted."""
+
+    def __init__(self, config: RunConfig, model: nn.Module) -> None:
+        self._is_adapted = config.method.kind == "lora"
+        self._keeps_cache = _keeps_cache(model) and not config.training.activation_checkpointing
+        self.model = _peft_model(config, model) if self._is_adapted else _own(config, model).model
+
+    def ready(self, tracer: Tracer, runs: Sequence[Run], config: RunConfig) -> Ready:
+        model, fakes = _faked(self.model, tracer, runs)
+        if self._is_adapted:
+            tracer.label((p for p in model.parameters() if p.requires_grad), "adapters")
+        tracer.label(fakes.values(), "weights")
+        more = {"use_cache": True} if self._keeps_cache else {}
+        return _plain_step(config, model, more)
+
+
+def _faked(
+    model: nn.Module, tracer: Tracer, runs: Sequence[Run]
+) -> tuple[nn.Module, dict[int, Any]]:
+    """A copy of the model with the kept blocks and fake weights; the fakes by the originals' id."""
+    with kept_blocks(model, runs):
+        tensors = {
+            id(tensor): tensor
+            for module in model.modules()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        }
+        fakes = {key: tracer.stand_in(tensor) for key, tensor in tensors.items()}
+        cut = copy.deepcopy(model, dict(fakes))
+    renumber_blocks(cut)
+    return cut, fakes
+
+
+def _keeps_cache(model: nn.Module) -> bool:
+    """Whether a plain forward fills a key-value cache, as transformers' decoders do by default.
+
+    Nobody reads it, and it lives until the forward ends: 0.25 GiB of the seed run's peak.
+    """
+    base = getattr(model, "base_model", model)
+    takes = "use_cache" in inspect.signature(base.forward).parameters
+    return takes and bool(getattr(getattr(model, "config", None), "use_cache", False))
+
+
+def _plain_step(config: RunConfig, model: nn.Module, more: dict[str, Any]) -> Ready:
+    training, rows = config.training, rows_for(config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(
+        trained,
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+        fused=True if training.fused else None,
+    )
+    size = training.batch_size
+    batches = [collate(rows[at : at + size], pad_id=0) for at in range(0, len(rows), size)]
+    model.train()
+
+    def before() -> None:
+        """AdamW makes its state at its first step."""
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    def step() -> None:
+        for batch in batches:
+            loss = model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                labels=batch.labels,
+                **more,
+            ).loss
+            (loss / len(batches)).backward()
+            del loss
+        if training.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return Ready(step, model, before)
+
+
+def _peft_model(config: RunConfig, model: nn.Module) -> nn.Module:
+    if importlib.util.find_spec("peft") is None:
+        raise PlanError(
+            "PEFT is not installed, so its step cannot be planned",
+            "install it with `pip install 'loralab[peft]'`, or plan with --step own.",
+        )
+    import peft
+
+    method, task = config.method, config.model.task
+    heads = [head_name(model)] if task == "classification" else []
+    settings = peft.LoraConfig(
+        r=method.rank,
+        lora_alpha=round(method.alpha),
+        lora_dropout=method.dropout,
+        use_rslora=method.scaling == "alpha/sqrt(rank)",
+        target_modules=method.targets,
+        exclude_modules=list(method.exclude) or None,
+        modules_to_save=[*heads, *method.whole_modules] or None,
+        task_type="SEQ_CLS" if heads else "CAUSAL_LM",
+    )
+    if config.training.activation_checkpointing:
+        enable_activation_checkpointing(model)
+    with torch.device("meta"), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own use of transformers
+        try:
+            return peft.get_peft_model(model, settings)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:
+            raise PlanError(
+                f"PEFT refuses these settings: {error}", "change method.targets, or use --step own."
+            ) from error
+
+
+def rows_for(config: RunConfig) -> list[Encoded]:
+    """A step's rows, as long as `data.max_tokens` allows.
+
+    All but the first are one token shorter: real batches have padding, and with it attention
+    takes another kernel than without.
+    """
+    count = config.training.batch_size * config.training.accumulation
+    longest = config.data.max_tokens
+    return [_row(config, index, longest - (index > 0 and longest > 1)) for index in range(count)]
+
+
+def _row(config: RunConfig, index: int, length: int) -> Encoded:
+    ids = (1,) * length
+    name = f"plan-{index}"
+    if config.model.task == "classification":
+        return Encoded(id=name, group=name, input_ids=ids, label=index % config.model.num_labels)
+    return Encoded(id=name, group=name, input_ids=ids, targets=ids)
