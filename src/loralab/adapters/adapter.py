@@ -19,12 +19,17 @@ class Layer:
     """What a pair belongs to, as far as its shapes do not tell.
 
     kernel: a convolution's kernel sizes; its A is (rank, in_channels / groups * positions).
-    groups: of a convolution whose B maps each group's share of the rank (PEFT's form), else 1.
+    groups: of a convolution whose A sees the channels of all groups and whose B maps each group's
+        share of the rank (as PEFT trains it), else 1.
+    base_groups: the groups of the convolution itself.
+    apart: how the layer differs from what PEFT would apply the pair with; empty where it does not.
     """
 
     kind: Kind = "linear"
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    base_groups: int = 1
+    apart: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from loralab.adapters.installing import (
     token_modules,
 )
 from loralab.adapters.settings import LoRAConfig
-from loralab.adapters.targets import select, walk
+from loralab.adapters.targets import packed_faults, select, walk
 from loralab.adapters.using import hosted, merged_name
 from loralab.errors import AdapterError, TargetError
 from loralab.lowrank import Initialiser, Start, initialiser, kaiming
@@ -57,12 +57,7 @@ def attach(
     faults: list[str] = []
     rows = token_modules(modules, config.token_rows, faults)
     faults += [f"{path} is targeted and has token_rows" for path in rows if path in pairs]
-    if config.dropout or config.dora:
-        faults += [
-            f"{path} takes neither dropout nor DoRA: its projections are weights without a module"
-            for path in pairs
-            if isinstance(modules[path], nn.MultiheadAttention)
-        ]
+    faults += packed_faults(config, modules, pairs)
     if faults:
         raise TargetError("; ".join(faults), "see `loralab.targets(model)` for what there is.")
     drawn = {

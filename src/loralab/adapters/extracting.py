@@ -13,6 +13,7 @@ from loralab.adapters.doubles import plain_tensors
 from loralab.adapters.hosting import adapted_modules
 from loralab.adapters.installing import hosting
 from loralab.adapters.items import Own, Pair, Rows
+from loralab.adapters.peft_limits import apart_at
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.targets import walk
 
@@ -46,6 +47,11 @@ def extract(model: nn.Module, name: str) -> Adapter:
         item = module.adapters.get(name)
         if item is not None:
             parts.add(path, item)
+    modules = dict(walk(model))
+    for path in parts.pairs:
+        reason = apart_at(modules, path, parts.pairs)
+        if reason:
+            parts.layers[path] = replace(parts.layers[path], apart=reason)
     return Adapter(
         config=_config_of(host.configs[name], parts),
         pairs=parts.pairs,

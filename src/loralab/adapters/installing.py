@@ -6,7 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loralab.adapters import layers
+from loralab.adapters.adapter import Layer
+from loralab.adapters.convolutions import layer_at
 from loralab.adapters.doubles import plain_copy
 from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.hosting import Host, adapted_modules, host_of, welcome
@@ -64,21 +65,22 @@ class Installer:
         A: Tensor,
         B: Tensor,
         *,
-        scale: float | None = None,
+        layer: Layer | None = None,
         magnitude: Tensor | None = None,
         bias: Tensor | None = None,
         start: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """A factor pair, with its magnitude and bias where the adapter trains them."""
+        """A factor pair, with its magnitude and bias where the adapter trains them.
+
+        layer: what the adapter's value says of the pair, where it comes from one.
+        """
         module = self.modules[path]
-        if scale is None:
-            scale = self.config.scale_at(path, A.shape[0])
         pair = Pair(
             A,
             B,
-            scale,
+            self.config.scale_at(path, A.shape[0]),
             self.config.dropout,
-            layers.layer_of(module),
+            layer_at(module, layer),
             magnitude=magnitude,
             bias=bias,
             start=start,
@@ -110,8 +112,10 @@ class Installer:
 
     def _put(self, path: str, item: nn.Module) -> None:
         module = self.modules[path]
-        if item.training != module.training:
+        if item._modules:
             item.train(module.training)
+        else:
+            item.__dict__["training"] = module.training
         parent_path, _, last = path.rpartition(".")
         parent = self.modules.get(parent_path)
         if last == "out_proj" and isinstance(parent, nn.MultiheadAttention):

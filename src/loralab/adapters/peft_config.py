@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from loralab.adapters.adapter import Adapter
+from loralab.adapters.peft_names import is_inner
 from loralab.adapters.settings import LoRAConfig
 from loralab.errors import ConfigError
 
@@ -19,6 +20,7 @@ INERT = frozenset(
 )
 # initialisers that changed the base, so that the factors fit no untouched base
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+ONLY_OURS = "LORALAB"  # the kind of an adapter that PEFT would apply otherwise than we do
 REQUIRED = frozenset({"r", "lora_alpha"})  # present and null is a fault
 BIASES = {"none": "none", "lora_only": "targets", "all": "all"}
 TASK_TYPES = {
@@ -39,7 +41,7 @@ def from_peft(raw: Any, faults: list[str]) -> LoRAConfig | None:
         return None
     before = len(faults)
     kind = raw.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", ONLY_OURS):
         faults.append(f"peft_type is {kind!r}; only LORA is known")
     faults.extend(
         f"{key} is {value!r}, which has no counterpart here"
@@ -76,15 +78,26 @@ def from_peft(raw: Any, faults: list[str]) -> LoRAConfig | None:
         return None
 
 
-def to_peft(adapter: Adapter) -> dict[str, Any]:
-    """Our settings as PEFT writes them, such that PEFT builds exactly this adapter's modules."""
+def to_peft(adapter: Adapter, *, portable: bool = True) -> dict[str, Any]:
+    """Our settings as PEFT writes them, such that PEFT builds exactly this adapter's modules.
+
+    portable: False names a kind of adapter that PEFT does not know, so that it refuses the folder.
+    """
     config = adapter.config
-    ranks = {name: A.shape[0] for name, (A, _) in adapter.pairs.items()}
-    alphas = {name: config.alpha_at(name) for name in ranks}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float | int] = {}
+    for name, (A, _) in adapter.pairs.items():
+        if is_inner(name, adapter.pairs):
+            continue  # PEFT gives it its attention's
+        layer = adapter.layer(name)
+        more = layer.base_groups // layer.groups  # PEFT's A has a block for each group
+        ranks[name] = more * A.shape[0]
+        growth = more if config.scaling == "alpha/rank" else math.sqrt(more)  # the scale stays
+        alphas[name] = growth * config.alpha_at(name) if more > 1 else config.alpha_at(name)
     rank, rank_pattern = _with_exceptions(ranks, config.rank)
     alpha, alpha_pattern = _with_exceptions(alphas, config.alpha)
     return {
-        "peft_type": "LORA",
+        "peft_type": "LORA" if portable else ONLY_OURS,
         "task_type": _task_type(adapter),
         "auto_mapping": None,
         "base_model_name_or_path": adapter.facts.get("base_model"),

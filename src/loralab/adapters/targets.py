@@ -1,7 +1,7 @@
 """Which modules a config means: names, suffixes, regular expressions, "all-linear"."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 from torch import nn
@@ -57,6 +57,7 @@ def select(model: nn.Module, config: LoRAConfig) -> tuple[list[str], list[str]]:
         if name not in excluded and not any(_within(name, owner) for owner in whole)
     ]
     chosen = _with_projections(chosen, modules)
+    faults += _separate_attention(config, modules, {*excluded, *whole})
     if config.layers is not None:
         chosen = _in_layers(chosen, config.layers, faults)
     if faults:
@@ -133,12 +134,11 @@ def _by_suffix(
     suffixes: Sequence[str], modules: Mapping[str, nn.Module], what: str, faults: list[str]
 ) -> dict[str, None]:
     found: dict[str, None] = {}
-    unused = set(suffixes)
-    endings = set(suffixes)
+    endings, unused = set(suffixes), set(suffixes)
+    lengths = {suffix.count(".") for suffix in suffixes}
     for name in modules:
-        parts = name.split(".")
-        for start in range(len(parts)):
-            ending = ".".join(parts[start:])
+        for length in lengths:
+            ending = ".".join(name.rsplit(".", length + 1)[-length - 1 :])
             if ending in endings:
                 found[name] = None
                 unused.discard(ending)
@@ -157,9 +157,53 @@ def _nearest_module(word: str, modules: Mapping[str, nn.Module]) -> str:
     return f"the nearest is {close[0]!r}" if close else "the model has no submodules"
 
 
+def no_low_rank_form(module: nn.Module) -> str:
+    """Why `path_of` knows none for this module: what follows its name in a message."""
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "has separate weights for query, key and value, as their sizes differ (kdim, vdim):"
+            " these have no low-rank form"
+        )
+    return f"is a {type(module).__name__}, which has no low-rank form"
+
+
+def packed_faults(
+    config: LoRAConfig, modules: Mapping[str, nn.Module], paths: Iterable[str]
+) -> list[str]:
+    """What an adapter with these settings on these modules would ask of packed attention in vain.
+
+    Its projections are weights that nothing is called with: there is no input to drop, and DoRA
+    would need the norms of each projection's weight in every forward.
+    """
+    if not (config.dropout or config.dora):
+        return []
+    return [
+        f"{path} takes neither dropout nor DoRA: its projections are weights without a module"
+        for path in paths
+        if isinstance(modules.get(path), nn.MultiheadAttention)
+    ]
+
+
+def _separate_attention(
+    config: LoRAConfig, modules: Mapping[str, nn.Module], left_out: Container[str]
+) -> list[str]:
+    """Attention that the targets mean as a whole, although it has no packed projection."""
+    if not isinstance(config.targets, str):
+        return []  # a suffix that names it is a fault already
+    return [
+        f"target {config.targets!r} means {name!r} too, which {no_low_rank_form(module)};"
+        f" leave it out with exclude=[{name!r}]"
+        for name, module in modules.items()
+        if isinstance(module, nn.MultiheadAttention)
+        and path_of(module) is None
+        and name not in left_out
+        and (config.targets == "all-linear" or re.fullmatch(config.targets, name))
+    ]
+
+
 def _no_path(name: str, modules: Mapping[str, nn.Module]) -> str:
     inner = [n for n, m in modules.items() if _within(n, name) and path_of(m) is not None]
-    cause = f"target {name!r} is a {type(modules[name]).__name__}, which has no low-rank form"
+    cause = f"target {name!r} {no_low_rank_form(modules[name])}"
     return f"{cause}; inside it: {', '.join(inner[:4])}" if inner else cause
 
 
