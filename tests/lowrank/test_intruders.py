@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from loralab.errors import AdapterError
 from loralab.lowrank import (
+    Dense,
     Factors,
     dense_svd,
     factored_svd,
@@ -38,6 +39,7 @@ def test_dense_svd_is_the_svd(out: int, into: int, seed: int) -> None:
     found, expected = dense_svd(matrix), np.linalg.svd(matrix.double().numpy())[1]
     np.testing.assert_allclose(found.S, expected, rtol=1e-5, atol=1e-6 * expected[0])
     torch.testing.assert_close(found.U * found.S @ found.Vh, matrix, rtol=0, atol=1e-4)
+    torch.testing.assert_close(Dense(matrix).values, found.S, rtol=1e-5, atol=1e-5)
     part = dense_svd(matrix, 3)
     np.testing.assert_allclose(part.S, expected[:3], rtol=1e-5, atol=1e-6 * expected[0])
 
@@ -61,7 +63,7 @@ def test_all_planted_intruders_are_found_and_no_others(
         sizes = torch.tensor([0.5, 0.4, 0.3] + [2.0] * num_planted + [0.01] * 4) * svd.S[0]
         A = torch.cat([svd.Vh[known], new_in.mT, noise[1].mT]) * sizes[:, None]
         pair = Factors(A=A, B=B)
-        found = intrusion(svd, base + B @ A, factored_svd(pair).U)
+        found = intrusion(Dense(base), base + B @ A, factored_svd(pair).U)
         assert int(found.intruders.sum()) == num_planted
         assert found.intruders[:num_planted].all()  # they are the strongest
 
@@ -76,7 +78,7 @@ def test_the_onset_is_within_a_factor_of_two_of_planted_directions(shape: tuple[
     for _ in range(6):
         u, v = (orthonormal(size, 1, generator) for size in shape)
         for factor in found:
-            seen = intrusion(svd, base + factor * onset * u @ v.mT, u)
+            seen = intrusion(Dense(base), base + factor * onset * u @ v.mT, u)
             found[factor] += int(seen.intruders.sum())
     assert found == {0.5: 0, 2.0: 6}
 

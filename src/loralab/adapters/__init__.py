@@ -5,37 +5,49 @@ from loralab.adapters.algebra import Combination, combination, combine
 from loralab.adapters.attaching import attach, detach
 from loralab.adapters.certificate import MergeCertificate
 from loralab.adapters.data_driven import eva_starts, lora_ga_starts
+from loralab.adapters.difference import Difference, adapter_of_difference
 from loralab.adapters.extracting import adapter_parameters, count_parameters, extract
 from loralab.adapters.fingerprint import fingerprint, is_from_base
+from loralab.adapters.members import Member, base_member, member_in_force, share
 from loralab.adapters.merge import merge, merge_in_place, restore, save_merged
+from loralab.adapters.merging import Change, change_at
 from loralab.adapters.peft_format import content_hash, read_adapter, write_adapter
 from loralab.adapters.probes import Probe
 from loralab.adapters.routes import carry
 from loralab.adapters.rows import declare_rows
 from loralab.adapters.saving import install, load_adapter, save_adapter
 from loralab.adapters.settings import LoRAConfig
+from loralab.adapters.step import SharedInput, draw_mask, project, project_backward
 from loralab.adapters.streaming_merge import merge_checkpoint
 from loralab.adapters.tree import Choice, Tree, targets
 from loralab.adapters.using import hosted, use
 
 __all__ = [
     "Adapter",
+    "Change",
     "Choice",
     "Combination",
     "Layer",
+    "Difference",
     "LoRAConfig",
+    "Member",
     "MergeCertificate",
     "Probe",
+    "SharedInput",
     "Tree",
+    "adapter_of_difference",
     "adapter_parameters",
     "attach",
+    "base_member",
     "carry",
+    "change_at",
     "combination",
     "combine",
     "content_hash",
     "count_parameters",
     "declare_rows",
     "detach",
+    "draw_mask",
     "eva_starts",
     "extract",
     "fingerprint",
@@ -44,13 +56,17 @@ __all__ = [
     "is_from_base",
     "load_adapter",
     "lora_ga_starts",
+    "member_in_force",
     "merge",
     "merge_checkpoint",
     "merge_in_place",
+    "project",
+    "project_backward",
     "read_adapter",
     "restore",
     "save_adapter",
     "save_merged",
+    "share",
     "targets",
     "use",
     "write_adapter",

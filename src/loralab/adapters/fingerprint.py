@@ -1,6 +1,6 @@
 """Which base an adapter belongs to: names, shapes and a fixed sample of values."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,15 @@ from loralab.errors import AdapterError
 SAMPLES = 8  # values a tensor
 
 
-def fingerprint(model: nn.Module) -> dict[str, str]:
+def fingerprint(
+    model: nn.Module, read: Callable[[str], Tensor | None] | None = None
+) -> dict[str, str]:
     """Parameter name -> its shape and sampled values rounded to bf16 (hexadecimal).
 
     Rounded, so that a base is the same in fp32 and bf16; without the output head, and of an
     embedding only its first rows, so that a new head or new tokens do not change it. Empty for a
-    model without weights (meta device).
+    model without weights (meta device). `read` gives the weights by name where the model itself is
+    only their structure.
     """
     heads = output_head(model)
     found: dict[str, str] = {}
@@ -24,8 +27,10 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
         if any(prefix == head or prefix.startswith(head + ".") for head in heads):
             continue
         for name, tensor in module._parameters.items():
+            full = f"{prefix}.{name}" if prefix else name
+            if tensor is not None and read is not None:
+                tensor = read(full)
             if tensor is not None and not tensor.is_meta and tensor.numel():
-                full = f"{prefix}.{name}" if prefix else name
                 found[full] = _sample(tensor, grows=isinstance(module, nn.Embedding))
     return found
 

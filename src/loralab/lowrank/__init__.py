@@ -5,7 +5,7 @@ Pure functions on tensors, no modules. Deltas are never multiplied out, except b
 
 from loralab.lowrank.algebra import add, dare, knots, linear, scaled, subtract, ties
 from loralab.lowrank.compression import Approximation, balanced, truncate
-from loralab.lowrank.dense import dense_svd
+from loralab.lowrank.dense import Dense, dense_svd
 from loralab.lowrank.factors import (
     Factors,
     Number,
@@ -68,6 +68,7 @@ __all__ = [
     "SCALINGS",
     "SVD",
     "Approximation",
+    "Dense",
     "Factors",
     "Initialiser",
     "InputSpectrum",

@@ -6,13 +6,13 @@ go with forgetting; shrinking them brings the base's own abilities back.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from loralab.lowrank.dense import dense_svd
+from loralab.lowrank.dense import Dense, dense_svd
 from loralab.lowrank.factors import Number
-from loralab.lowrank.spectra import SVD
 
 TOP, EPSILON = 10, 0.5  # the paper's
 
@@ -47,7 +47,7 @@ class Intrusion:
 
 
 def intrusion(
-    base: SVD,
+    base: Dense,
     adapted: Float[Tensor, "out in"],
     outputs: Float[Tensor, "out rank"],
     *,
@@ -56,12 +56,18 @@ def intrusion(
 ) -> Intrusion:
     """Looks at the first `top` directions of an adapted weight.
 
-    base: the whole SVD of the base weight; outputs: orthonormal, the delta's left directions.
+    outputs: orthonormal, the delta's left directions. Only where the base's first `4 * top`
+    directions do not settle the largest cosine are all of them computed.
     """
     own = dense_svd(adapted, top)
+    cosine = (own.U.mT @ base.svd(4 * top).U).abs()
+    largest = cosine.amax(dim=1)
+    rest = 1 - cosine.square().sum(dim=1)  # what all other directions together can hold
+    if bool((largest.square() < rest).any()):
+        largest = (own.U.mT @ base.svd().U).abs().amax(dim=1)
     return Intrusion(
         values=own.S,
-        base_cosine=(own.U.mT @ base.U).abs().amax(dim=1),
+        base_cosine=largest,
         delta_cosine=torch.linalg.vector_norm(outputs.mT.to(own.U) @ own.U, dim=0),
         epsilon=epsilon,
     )
@@ -81,10 +87,10 @@ def intruder_onset(values: Float[Tensor, "kept"], shape: tuple[int, int], top: i
     edge = float(values[min(top, len(values)) - 1])
     if edge <= 0:
         return 0.0
-    bulk = values[top:].double()
+    squares = values[top:].double().square().numpy()
 
     def theta_and_share(z: float) -> tuple[float, float]:
-        mean, slope = zip(*(_transform(z, bulk, size) for size in shape), strict=True)
+        mean, slope = zip(*(_transform(z, squares, size) for size in shape), strict=True)
         product = mean[0] * mean[1]
         change = mean[0] * slope[1] + mean[1] * slope[0]
         return product**-0.5, -2 * mean[0] * product / change
@@ -98,10 +104,10 @@ def intruder_onset(values: Float[Tensor, "kept"], shape: tuple[int, int], top: i
     return theta_and_share(high if low > edge else low)[0]
 
 
-def _transform(z: float, bulk: Float[Tensor, "kept"], size: int) -> tuple[float, float]:
-    """(phi(z), phi'(z)) of `size` values: those of the bulk, and zeros."""
-    gaps = (z**2 - bulk**2).clamp_min(1e-9 * z**2)
-    zeros = size - len(bulk)
+def _transform(z: float, squares: Float[np.ndarray, "kept"], size: int) -> tuple[float, float]:
+    """(phi(z), phi'(z)) of `size` values: those with these squares, and zeros."""
+    gaps = np.maximum(z**2 - squares, 1e-9 * z**2)
+    zeros = size - len(squares)
     mean = float((z / gaps).sum()) + zeros / z
-    slope = float(-((z**2 + bulk**2) / gaps**2).sum()) - zeros / z**2
+    slope = -float(((z**2 + squares) / gaps**2).sum()) - zeros / z**2
     return mean / size, slope / size
