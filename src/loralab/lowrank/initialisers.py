@@ -23,11 +23,17 @@ class Start:
     """A and B (fp32) at step 0, and what must be added to the base so that its output is kept.
 
     `base_change` is None where `B @ A` is zero at the start, so that the base stays as it is.
+    A and B are contiguous: their layout decides the bits of everything that is computed with them,
+    and a decomposition's is not the one that a file gives back.
     """
 
     A: Float[Tensor, "rank in"]
     B: Float[Tensor, "out rank"]
     base_change: Factors | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "A", self.A.contiguous())
+        object.__setattr__(self, "B", self.B.contiguous())
 
 
 Initialiser = Callable[[Float[Tensor, "out in"], int, Number, Generator | None], Start]

@@ -30,7 +30,7 @@ SMALLEST_EPSILON = 1e-15  # above it, Adam's epsilon tells the sizes of gradient
 class Conversion:
     """A converted recipe: its settings, what was overridden for it, and the evidence.
 
-    before, after: medians over the modules (`training.EffectiveStep`).
+    before, after: of the median module (`training.EffectiveStep`).
     first_update_ratio: after over before, the lowest and the highest of a module.
     notes: under which conditions, and how far, the two trainings are the same.
     """

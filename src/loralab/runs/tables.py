@@ -69,7 +69,7 @@ def conversion_table(conversion: dict[str, Any]) -> Table:
         (name, f"{conversion['before'][key]:.4g}", f"{conversion['after'][key]:.4g}")
         for key, name in names.items()
     ]
-    return ("medians over the modules", "before", "after"), rows
+    return ("the median module", "before", "after"), rows
 
 
 def certificate_table(certificate: dict[str, Any]) -> Table:

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
-from typing import Any
 
 import torch
 
@@ -13,7 +11,7 @@ from loralab.training.methods import Trainable
 
 @dataclass(frozen=True)
 class EffectiveStep:
-    """Medians over the adapter's modules of what Adam sees of a setting (`lowrank.scaling`).
+    """What Adam sees of a setting (`lowrank.scaling`): of the adapter's median module.
 
     effective_step: `scale * std(A) * learning rate of B`, what one component gives an entry of
         the first update; `lowest` and `highest` are the extremes over the modules.
@@ -78,20 +76,17 @@ def module_settings(trainable: Trainable) -> dict[str, Setting]:
 
 
 def summarise(settings: Sequence[Setting]) -> EffectiveStep:
-    """The medians and extremes of modules' settings."""
-    steps = [setting.effective_step for setting in settings]
-
-    def middle(name: str) -> Any:
-        return median(getattr(setting, name) for setting in settings)
-
+    """The setting whose effective step is the (lower) median, with the extremes of all."""
+    ordered = sorted(settings, key=lambda setting: setting.effective_step)
+    middle = ordered[(len(ordered) - 1) // 2]
     return EffectiveStep(
-        effective_step=median(steps),
-        lowest=min(steps),
-        highest=max(steps),
-        first_update=middle("first_update"),
-        steps_before_A_moves=middle("steps_before_A_moves"),
-        scale=middle("scale"),
-        std_A=middle("std"),
-        learning_rate_A=settings[0].learning_rate_A,
-        learning_rate_B=settings[0].learning_rate_B,
+        effective_step=middle.effective_step,
+        lowest=ordered[0].effective_step,
+        highest=ordered[-1].effective_step,
+        first_update=middle.first_update,
+        steps_before_A_moves=middle.steps_before_A_moves,
+        scale=middle.scale,
+        std_A=middle.std,
+        learning_rate_A=middle.learning_rate_A,
+        learning_rate_B=middle.learning_rate_B,
     )
