@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from loralab.config import RunConfig
 from loralab.planning.accounts import Accounts, account
-from loralab.planning.blocks import Run, find_runs, places_of, run_ends
+from loralab.planning.blocks import Run, places_of, run_ends
 from loralab.planning.devices import Device
 from loralab.planning.extend import extended
 from loralab.planning.facts import rules_for
@@ -28,12 +28,10 @@ def predict(
 
     Raises `PlanError` for a step that cannot be traced.
     """
-    runs = find_runs(source.model)
-
     def few(kept: Sequence[Run]) -> Accounts:
         return account(timeline(config, device, source, kept), device, run_ends(kept))
 
-    return few(runs) if whole else extended(few, runs)
+    return few(source.runs) if whole else extended(few, source.runs)
 
 
 def timeline(config: RunConfig, device: Device, source: Traceable, runs: Sequence[Run]) -> Timeline:

@@ -17,7 +17,7 @@ from loralab.config import RunConfig
 from loralab.data import Encoded, collate
 from loralab.errors import PlanError
 from loralab.models import enable_activation_checkpointing, head_name, quiet
-from loralab.planning.blocks import Run, kept_blocks, renumber_blocks
+from loralab.planning.blocks import Run, find_runs, kept_blocks, renumber_blocks
 from loralab.planning.sources import meta_model
 from loralab.planning.trace import Tracer
 from loralab.training import Trainable, prepare, repeatable_step
@@ -30,7 +30,7 @@ ModelSource = nn.Module | Callable[[], nn.Module]
 
 
 class Traceable(Protocol):
-    """A model on the meta device and the step that trains it.
+    """A model on the meta device, its runs of alike blocks, and the step that trains it.
 
     `ready` cuts the model down to the kept blocks, puts fake tensors in the place of its weights
     and gives the step on rows of `config`, which may differ in batch and length alone from the
@@ -38,6 +38,7 @@ class Traceable(Protocol):
     """
 
     model: nn.Module
+    runs: list[Run]
 
     def ready(self, tracer: Tracer, runs: Sequence[Run], config: RunConfig) -> "Ready": ...
 
@@ -78,6 +79,7 @@ class OwnStep:
     def __init__(self, trainable: Trainable) -> None:
         self._trainable = trainable
         self.model = trainable.model
+        self.runs = find_runs(self.model)
 
     def ready(self, tracer: Tracer, runs: Sequence[Run], config: RunConfig) -> Ready:
         model, fakes = _faked(self.model, tracer, runs)
@@ -99,7 +101,7 @@ class OwnStep:
         if cut.route is not None:
             tracer.label(adapter_parameters(model, cut.route).values(), "adapters")
         tracer.label(fakes.values(), "weights")
-        with tracer.fake:
+        with tracer.building():
             return Ready(repeatable_step(cut, rows_for(config)), model, before=_nothing)
 
 
@@ -110,6 +112,8 @@ class PlainStep:
         self._is_adapted = config.method.kind == "lora"
         self._keeps_cache = _keeps_cache(model) and not config.training.activation_checkpointing
         self.model = _peft_model(config, model) if self._is_adapted else _own(config, model).model
+
+        self.runs = find_runs(self.model)
 
     def ready(self, tracer: Tracer, runs: Sequence[Run], config: RunConfig) -> Ready:
         model, fakes = _faked(self.model, tracer, runs)

@@ -34,6 +34,7 @@ REAL_NUMBERS = 1 << 20
 """Tensors that follow from the batch alone stay real up to so many numbers."""
 
 _OUTSIDE = Place()
+_ASK_DEVICE = torch.ops.prim.device.default
 _ASK_VALUE = torch.ops.aten._local_scalar_dense.default
 
 
@@ -83,6 +84,12 @@ class Tracer(TorchDispatchMode):
             stack.enter_context(self._rules)
             yield
 
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """The context in which what outlives a step is made: the optimiser's state."""
+        with self.fake, self:
+            yield
+
     def stand_in(self, tensor: Tensor) -> Tensor:
         """A fake tensor in the place of a weight or buffer; whole numbers become real zeros."""
         if not tensor.is_floating_point() and tensor.numel() <= REAL_NUMBERS:
@@ -128,6 +135,8 @@ class Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _ASK_DEVICE and isinstance(args[0], FakeTensor):  # two of three calls
+            return args[0].fake_device
         if func is _ASK_VALUE and isinstance(args[0], FakeTensor):
             return _plausible(args[0].dtype)
         self._op = func.__name__
