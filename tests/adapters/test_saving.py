@@ -56,19 +56,6 @@ def test_another_alpha_is_another_adapter() -> None:
     assert len(hashes) == 2
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    model = build("perceptron")
-    attach(model, LoRAConfig(rank=1, targets=["0"]))
-    save_adapter(model, "default", tmp_path)
-    data = (tmp_path / WEIGHTS).read_bytes()
-    for position in range(0, len(data), 7):
-        flipped = bytearray(data)
-        flipped[position] ^= 1 << (position % 8)
-        (tmp_path / WEIGHTS).write_bytes(flipped)
-        with pytest.raises(AdapterError):
-            read_adapter(tmp_path)
-
-
 def test_a_wrong_base_is_recognised(tmp_path: Path) -> None:
     save_adapter(trained(), "default", tmp_path)
     other = build("llama")

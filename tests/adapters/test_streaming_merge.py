@@ -28,7 +28,6 @@ from loralab.adapters import (
     merge_checkpoint,
     save_adapter,
 )
-from loralab.adapters.streaming_merge import _Weight
 from loralab.errors import AdapterError, ModelError, OutputError
 
 
@@ -101,18 +100,6 @@ def test_on_disk_is_what_in_memory_is(case, dtype, block, tmp_path, monkeypatch)
     kept = {f.name for f in (tmp_path / "out").iterdir()}
     assert kept == {*before, "merge_certificate.json", "README.md"}
     assert json.loads((tmp_path / "out" / "merge_certificate.json").read_text()) == told.to_dict()
-
-
-def test_grouped_factors_are_written_group_by_group():
-    from loralab.adapters.merging import Change
-
-    A, B = torch.randn(4, 6), torch.randn(8, 2)
-    change = Change(A, B, 0.5, groups=2)
-    weight, total = torch.randn(8, 3, 2), torch.zeros(8, 6)
-    for rows, part in _Weight("w", change, True).blocks(tuple(weight.shape)):
-        part.add(torch.zeros(4, 6), total[rows])
-    expected = 0.5 * torch.cat([B[:4] @ A[:2], B[4:] @ A[2:]])
-    assert torch.allclose(total, expected, atol=1e-6)
 
 
 def test_everything_that_does_not_fit_is_named_and_nothing_is_left(tmp_path):

@@ -31,6 +31,11 @@ class Layer:
     base_groups: int = 1
     apart: str = ""
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What two pairs must agree on to have a sum (a file cannot tell attention from linear)."""
+        return self.kind == "embedding", self.kernel, self.groups
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:

@@ -344,11 +344,11 @@ def _base_faults(adapters: Sequence[Adapter]) -> list[str]:
 
 def _shape_faults(adapters: Sequence[Adapter]) -> list[str]:
     shapes: dict[str, set[tuple[int, ...]]] = {}
-    kinds: dict[str, set[Layer]] = {}
+    kinds: dict[str, set[tuple[object, ...]]] = {}
     for adapter in adapters:
         for module, (A, B) in adapter.pairs.items():
             shapes.setdefault(f"delta of {module!r}", set()).add((B.shape[0], A.shape[1]))
-            kinds.setdefault(module, set()).add(adapter.layer(module))
+            kinds.setdefault(module, set()).add(adapter.layer(module).form)
         for name, tensor in adapter.extra.items():
             shapes.setdefault(f"tensor {name!r}", set()).add(tuple(tensor.shape))
         for module, (_, rows) in adapter.token_rows.items():

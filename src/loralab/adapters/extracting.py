@@ -1,7 +1,7 @@
 """What a model hosts, as values and as parameters."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,8 +41,13 @@ def extract(model: nn.Module, name: str) -> Adapter:
     An adapter whose initialiser moved the base comes out as a plain one for the untouched base, of
     twice the rank.
     """
+    return collect(model, name, value_of)
+
+
+def collect(model: nn.Module, name: str, value: Callable[[Tensor], Tensor]) -> Adapter:
+    """`extract`; value: what becomes of each tensor."""
     host = hosting(model, name)
-    parts = Parts()
+    parts = Parts(value)
     for path, module in adapted_modules(model):
         item = module.adapters.get(name)
         if item is not None:
@@ -69,7 +74,8 @@ def extract(model: nn.Module, name: str) -> Adapter:
 class Parts:
     """What an adapter consists of, collected module by module."""
 
-    def __init__(self) -> None:
+    def __init__(self, value: Callable[[Tensor], Tensor]) -> None:
+        self.value = value
         self.pairs: dict[str, tuple[Tensor, Tensor]] = {}
         self.layers: dict[str, Layer] = {}
         self.magnitudes: dict[str, Tensor] = {}
@@ -81,21 +87,21 @@ class Parts:
     def add(self, path: str, item: nn.Module) -> None:
         if isinstance(item, Pair):
             A, B = item.factors()
-            self.pairs[path] = (value_of(A), value_of(B))
+            self.pairs[path] = (self.value(A), self.value(B))
             self.layers[path] = item.layer
             self.doubled |= A is not item.A
             if item.magnitude is not None:
-                self.magnitudes[path] = value_of(item.magnitude)
+                self.magnitudes[path] = self.value(item.magnitude)
             if item.bias is not None:
-                self.extra[f"{path}.bias"] = value_of(item.bias)
+                self.extra[f"{path}.bias"] = self.value(item.bias)
         elif isinstance(item, Rows):
             if not item.tied:
-                self.token_rows[path] = (value_of(item.indices), value_of(item.rows))
+                self.token_rows[path] = (self.value(item.indices), self.value(item.rows))
         else:
             if not isinstance(item, Own):
                 self.whole.append(path)
             tensors = plain_tensors(item)
-            self.extra.update({f"{path}.{key}": value_of(tensors[key]) for key in tensors})
+            self.extra.update({f"{path}.{key}": self.value(tensors[key]) for key in tensors})
 
 
 def _config_of(config: LoRAConfig, parts: Parts) -> LoRAConfig:

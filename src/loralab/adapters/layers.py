@@ -87,6 +87,9 @@ class EmbeddingPath(TransposedPath):
         return F.embedding(x, A.mT, embedding.padding_idx, None, 2.0, False, False)
 
 
+_CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
+
+
 class ConvolutionPath(Path):
     """nn.Conv1d, 2d, 3d: A convolves as the base does, B mixes channels at each position.
 
@@ -106,7 +109,9 @@ class ConvolutionPath(Path):
     @no_type_check
     def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         conv: Any = module
-        kernel = A.view(A.shape[0], *conv.weight.shape[1:])
+        kernel = A.view(A.shape[0], -1, *conv.kernel_size)
+        if kernel.shape[1] != conv.weight.shape[1]:  # PEFT's form: A sees all groups' channels
+            return _CONVOLVE[kernel.ndim - 3](x, kernel, None, conv.stride, conv.padding)
         if conv.groups > 1:
             kernel = kernel.repeat(conv.groups, *(1 for _ in kernel.shape[1:]))
         # the base's own method, so that padding modes are its own too
@@ -120,8 +125,8 @@ class ConvolutionPath(Path):
     def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
         conv: Any = module
         pointwise = B.view(*B.shape, *(1 for _ in conv.kernel_size))
-        function = (F.conv1d, F.conv2d, F.conv3d)[len(conv.kernel_size) - 1]
-        return function(hidden, pointwise, groups=conv.groups)
+        convolve = _CONVOLVE[len(conv.kernel_size) - 1]
+        return convolve(hidden, pointwise, groups=conv.groups)
 
 
 class AttentionPath(LinearPath):

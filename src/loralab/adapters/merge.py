@@ -21,12 +21,13 @@ from loralab.adapters.certificate import (
     effect_facts,
 )
 from loralab.adapters.effect import Effect, ProbeInput, batches_of, measure_effect, runner
-from loralab.adapters.extracting import extract
+from loralab.adapters.extracting import collect
 from loralab.adapters.hosting import Adapted, Bank, Host, dismiss, host_of, plain_tensors
 from loralab.adapters.installing import remove_hooks
 from loralab.adapters.merging import (
     WeightError,
     change_at,
+    check_mergeable,
     matrix_view,
     merged_weight,
     weight_error,
@@ -61,7 +62,7 @@ def merge(
         probes are given, else by the weights. Above it `AdapterError` is raised unless `force`.
     """
     _check_not_merged(model)
-    adapter = extract(model, name)
+    adapter = collect(model, name, Tensor.detach)
     merged = merged_model(model, adapter)
     effect = None
     if probes is None and adapter.probes:
@@ -117,6 +118,7 @@ def certify(
 
 def changed_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Full name -> new tensor, in the base's dtype, of everything that the adapter changes."""
+    check_mergeable(adapter)
     own = plain_tensors(model)
     replaced: dict[str, Tensor] = {}
     for module, path, name in _weights(model, adapter):
@@ -136,7 +138,7 @@ def merge_in_place(model: nn.Module, name: str) -> None:
     `AdapterError` where an adapter is merged already.
     """
     _check_not_merged(model)
-    adapter = extract(model, name)
+    adapter = collect(model, name, Tensor.detach)
     kept = _put_all(model, changed_tensors(model, adapter))
     model.__dict__["_loralab_merged"] = (name, kept)
 

@@ -3,7 +3,6 @@
 The same functions serve a model in memory, a model in place and a checkpoint on disk.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.layers import path_of
+from loralab.adapters.mixing import some
 from loralab.errors import AdapterError
-from loralab.lowrank import Factors
 
 ROW_ELEMENTS = 1 << 22  # of a block when a weight's error is measured: 32 MiB in fp64
 
@@ -22,37 +21,38 @@ ROW_ELEMENTS = 1 << 22  # of a block when a weight's error is measured: 32 MiB i
 class Change:
     """What an adapter does to the weight of one module, seen as a matrix (out, in)."""
 
-    A: Float[Tensor, "_rank in"]
-    B: Float[Tensor, "out _rank_of_a_group"]
+    A: Float[Tensor, "rank in"]
+    B: Float[Tensor, "out rank"]
     scale: float
-    groups: int = 1
     magnitude: Float[Tensor, "out"] | None = None  # DoRA's
-
-    def by_group(self, num_rows: int) -> Iterator[tuple[slice, Factors]]:
-        """The rows of the weight that each pair of factors belongs to."""
-        height = num_rows // self.groups
-        parts = zip(self.A.chunk(self.groups), self.B.chunk(self.groups), strict=True)
-        for index, (A, B) in enumerate(parts):
-            rows = slice(index * height, (index + 1) * height)
-            yield rows, Factors(A=A, B=B, scale=self.scale)
 
     def add(self, base: Float[Tensor, "out in"], out: Float[Tensor, "out in"]) -> None:
         """Writes the adapted weight to `out`, summed in its dtype: a product, then one addition."""
-        for rows, pair in self.by_group(base.shape[0]):
-            torch.mm(pair.scale * pair.B.to(out), pair.A.to(out), out=out[rows])
-        out += base
+        out.copy_(base)
+        out.addmm_(self.B.to(out), self.A.to(out), alpha=self.scale)
         if self.magnitude is not None:
             norms = torch.linalg.vector_norm(out, dim=1)
             out *= (self.magnitude.to(out) / norms)[:, None]
 
     def rows(self, start: int, stop: int) -> "Change":
-        """The change of the rows `start:stop` alone. Not for grouped convolutions."""
+        """The change of the rows `start:stop` alone."""
         magnitude = None if self.magnitude is None else self.magnitude[start:stop]
         return Change(self.A, self.B[start:stop], self.scale, magnitude=magnitude)
 
     def columns(self, start: int, stop: int) -> "Change":
-        """The change of the columns `start:stop` alone. Not for groups, nor for DoRA."""
+        """The change of the columns `start:stop` alone. Not for DoRA."""
         return Change(self.A[:, start:stop], self.B, self.scale)
+
+
+def check_mergeable(adapter: Adapter) -> None:
+    """Raises `AdapterError` that names every module whose delta is no weight of its layer."""
+    mixing = [path for path in adapter.pairs if adapter.layer(path).groups > 1]
+    if mixing:
+        raise AdapterError(
+            f"{some(mixing)}: A sees the channels of all groups (as PEFT trains it), which the"
+            " kernel of a grouped convolution cannot",
+            "keep the adapter separate (`loralab.use`).",
+        )
 
 
 def change_at(adapter: Adapter, module: str, device: torch.device | str = "cpu") -> Change:
@@ -63,7 +63,6 @@ def change_at(adapter: Adapter, module: str, device: torch.device | str = "cpu")
         A=A.to(device),
         B=B.to(device),
         scale=adapter.scale(module),
-        groups=adapter.layer(module).groups,
         magnitude=None if magnitude is None else magnitude.flatten().to(device),
     )
 
@@ -140,22 +139,20 @@ def weight_error(
 ) -> WeightError:
     """What rounding cost one weight, block by block: in fp64 for an fp32 base, else in fp32."""
     dtype = torch.float64 if base.dtype.itemsize >= 4 else torch.float32
+    exact = Change(change.A.to(dtype), change.B.to(dtype), change.scale, change.magnitude)
     found = WeightError()
-    for group, pair in change.by_group(base.shape[0]):
-        magnitude = None if change.magnitude is None else change.magnitude[group]
-        part = Change(pair.A.to(dtype), pair.B.to(dtype), pair.scale, magnitude=magnitude)
-        height = max(1, ROW_ELEMENTS // base.shape[1])
-        for start in range(group.start, group.stop, height):
-            rows = slice(start, min(start + height, group.stop))
-            old, new = base[rows].to(dtype), merged[rows].to(dtype)
-            wanted = torch.empty_like(old)
-            part.rows(rows.start - group.start, rows.stop - group.start).add(old, wanted)
-            found += WeightError(
-                squared_error=_squared(new - wanted),
-                squared_delta=_squared(wanted - old),
-                num_unchanged=int((new == old).sum()),
-                num_weights=new.numel(),
-            )
+    height = max(1, ROW_ELEMENTS // base.shape[1])
+    for start in range(0, base.shape[0], height):
+        rows = slice(start, min(start + height, base.shape[0]))
+        old, new = base[rows].to(dtype), merged[rows].to(dtype)
+        wanted = torch.empty_like(old)
+        exact.rows(rows.start, rows.stop).add(old, wanted)
+        found += WeightError(
+            squared_error=_squared(new - wanted),
+            squared_delta=_squared(wanted - old),
+            num_unchanged=int((new == old).sum()),
+            num_weights=new.numel(),
+        )
     return found
 
 

@@ -221,10 +221,12 @@ def _with_exceptions(config: LoRAConfig, pairs: Mapping[str, _Pair]) -> LoRAConf
     }
     if not found:
         return config
+    ranks = {key: pair.A.shape[0] for key, pair in found.items()}
+    alphas = {key: pair.alpha for key, pair in found.items()}
     return replace(
         config,
-        rank_pattern={**{key: p.A.shape[0] for key, p in found.items()}, **config.rank_pattern},
-        alpha_pattern={**{key: p.alpha for key, p in found.items()}, **config.alpha_pattern},
+        rank_pattern=ranks | {k: v for k, v in config.rank_pattern.items() if k not in ranks},
+        alpha_pattern=alphas | {k: v for k, v in config.alpha_pattern.items() if k not in alphas},
     )
 
 

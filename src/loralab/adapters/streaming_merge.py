@@ -24,7 +24,14 @@ from loralab.adapters.checkpoint_files import (
 )
 from loralab.adapters.layers import path_of
 from loralab.adapters.merge import CERTIFICATE_FILE, model_card
-from loralab.adapters.merging import Change, WeightError, change_at, weight_error, weight_name
+from loralab.adapters.merging import (
+    Change,
+    WeightError,
+    change_at,
+    check_mergeable,
+    weight_error,
+    weight_name,
+)
 from loralab.adapters.mixing import some
 from loralab.adapters.peft_format import content_hash, read_adapter
 from loralab.errors import AdapterError, ModelError, OutputError
@@ -93,12 +100,6 @@ class _Weight:
         height = max(1, BLOCK_ELEMENTS // elements)
         if not self.direct and self.change.magnitude is not None:
             height = shape[0]  # the norm of an output goes over all of it
-        if self.direct and self.change.groups > 1:
-            for rows, pair in self.change.by_group(shape[0]):
-                magnitude = self.change.magnitude
-                magnitude = None if magnitude is None else magnitude[rows]
-                yield rows, Change(pair.A, pair.B, self.change.scale, magnitude=magnitude)
-            return
         for start in range(0, shape[0], height):
             stop = min(start + height, shape[0])
             whole = stop - start == shape[0]
@@ -141,6 +142,7 @@ def _skeleton(base: Path) -> nn.Module:
 
 def _fit(adapter: Adapter, model: nn.Module, entries: Mapping[str, Entry]) -> list[_Weight]:
     """The weights that change. Raises `AdapterError` that lists everything that does not fit."""
+    check_mergeable(adapter)
     faults: list[str] = []
     weights = []
     modules = dict(model.named_modules())
