@@ -102,3 +102,77 @@ def test_settings_are_frozen_and_replaced_checked():
 def test_a_contest_that_proves_nothing_is_refused(compare, message):
     with pytest.raises(ConfigError, match=message):
         parse_config({**MINIMAL, "compare": compare})
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("method.rank_pattern.q_proj=8", "rank_pattern", {"v_proj": 2, "q_proj": 8}),
+        (
+            r"method.rank_pattern.'layers\.0\.(?=x).*'=8",
+            "rank_pattern",
+            {"v_proj": 2, r"layers\.0\.(?=x).*": 8},
+        ),
+        ("method.rank_pattern={q_proj = 8}", "rank_pattern", {"q_proj": 8}),
+        ('method.alpha_pattern."a.b" = 3', "alpha_pattern", {"a.b": 3.0}),
+        ("method.token_rows.embed_tokens=[7, 8]", "token_rows", {"embed_tokens": [7, 8]}),
+        ("method.layers=0-2, 5", "layers", [0, 1, 2, 5]),
+        ("method.layers=[3]", "layers", [3]),
+        ("method.init=lora_ga", "init", "lora_ga"),
+    ],
+)
+def test_tables_lists_and_ranges_are_overridden(tmp_path, override, key, value):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[model]\nname = "m"\n[data]\nname = "tweets"\n[method.rank_pattern]\nv_proj = 2\n'
+    )
+    config = load_config(recipe, [override])
+    assert getattr(config.method, key) == value
+    assert parse_config(tomllib.loads(config.to_toml())) == config
+
+
+def test_every_fault_of_a_method_is_named():
+    method = {
+        "init": "kaimng",
+        "targets": 3,
+        "layers": "3-1",
+        "rank_pattern": {"q(": 4, "v": 0},
+        "alpha_pattern": {"v": -1.0},
+        "biases": "some",
+        "token_rows": {"e": [-1]},
+        "loraplus_ratio": 4,
+    }
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, "method": method})
+    for words in (
+        "9 faults",
+        "method.init: unknown value 'kaimng'; did you mean 'kaiming'?",
+        'method.targets: give "all-linear", a regular expression, or a list of names (given: 3)',
+        "method.layers: give block numbers",
+        "method.rank_pattern.q(: no regular expression",
+        "method.rank_pattern.v: input should be greater than 0",
+        "method.alpha_pattern.v: input should be greater than 0",
+        "method.biases: unknown value 'some'; known: all, none, targets",
+        "method.token_rows.e.0: input should be greater than or equal to 0",
+        "unknown key method.loraplus_ratio; did you mean 'loraplus_lr_ratio'?",
+    ):
+        assert words in str(caught.value)
+
+
+def test_an_expression_in_double_quotes_is_explained(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('[model]\nname = "m"\n[data]\nname = "tweets"\n')
+    with pytest.raises(ConfigError, match="single quotes"):
+        load_config(recipe, [r'method.rank_pattern."layers\.0"=8'])
+
+
+def test_recipes_reach_every_setting_of_an_adapter():
+    from dataclasses import fields
+
+    from loralab.adapters import LoRAConfig
+    from loralab.adapters.settings import DATA_DRIVEN
+    from loralab.config import Initialisation, MethodSection
+    from loralab.lowrank import INITIALISERS
+
+    assert {field.name for field in fields(LoRAConfig)} <= set(MethodSection.model_fields)
+    assert set(Initialisation.__args__) == {*INITIALISERS, *DATA_DRIVEN}

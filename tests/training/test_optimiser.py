@@ -76,6 +76,21 @@ def test_gradients_accumulate_in_fp32_and_the_model_holds_the_rounded_masters() 
     assert parameter.grad is not None  # the hooks are gone
 
 
+@pytest.mark.parametrize(("max_grad_norm", "left"), [(0.0, 1.0), (1e-3, 1e-3)])
+def test_a_largest_norm_of_zero_clips_nothing(max_grad_norm: float, left: float) -> None:
+    trainable = ready("head", max_grad_norm=max_grad_norm, learning_rate=1e-3, epsilon=1e30)
+    optimiser = Optimiser(trainable.groups, trainable.training)
+    (weight,) = trainable.parameters.values()
+    start = weight.detach().clone()
+    weight.grad = (
+        torch.nn.functional.one_hot(torch.tensor(0), weight.numel()).view_as(weight).float()
+    )
+    optimiser.step(1.0, optimiser.grad_norm())
+    first_moment = optimiser.state()["exp_avg/score.weight"].flatten()[0]
+    assert first_moment.item() == pytest.approx(0.1 * left, rel=1e-3)
+    torch.testing.assert_close(weight, start * (1 - 1e-3 * 0.01))  # such an epsilon stops the step
+
+
 def test_a_dropped_optimiser_takes_no_more_gradients() -> None:
     trainable = ready("full", model=llama(dtype="bfloat16"))
     first = repeatable_step(trainable, ROWS)

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from loralab.adapters import adapter_parameters, attach
 from loralab.config import MethodSection, RunConfig
 from loralab.errors import ConfigError, nearest
-from loralab.lowrank import Setting, alpha_of, equivalent, initial_std
+from loralab.lowrank import Number, Setting, alpha_of, equivalent, initial_std
 from loralab.models import build_model, head_name, model_folder, quiet
 from loralab.training import ADAPTER_NAME, lora_config, summarise
 
@@ -166,11 +166,9 @@ def _consequences(
         key: _alpha_of_pattern(key, old, asked, before, after, columns)
         for key in {**old.rank_pattern, **old.alpha_pattern}
     }
-    needed = {key: alpha for key, alpha in patterns.items() if not _same(alpha, after.alpha)}
-    if old.alpha_pattern or needed:
+    left_alone = {key: old.alpha_pattern.get(key, after.alpha) for key in patterns}
+    if not all(_same(alpha, left_alone[key]) for key, alpha in patterns.items()):
         found["method.alpha_pattern"] = {key: _rounded(alpha) for key, alpha in patterns.items()}
-        if all(_same(a, old.alpha_pattern.get(k, 0)) for k, a in patterns.items()):
-            del found["method.alpha_pattern"]
     if not _same(after.learning_rate_A, before.learning_rate_A):
         found["training.learning_rate"] = _rounded(after.learning_rate_A)
         if training.head_learning_rate is None and config.model.task == "classification":
@@ -247,7 +245,7 @@ def _notes(old: RunConfig, new: RunConfig, ratios: Sequence[float]) -> list[str]
     return notes
 
 
-def _same(one: float, other: float) -> bool:
+def _same(one: Number, other: Number) -> bool:
     return math.isclose(one, other, rel_tol=1e-9)
 
 
