@@ -479,6 +479,61 @@ def combine(
         console.text(f"{output}  (largest error of a module: {found['largest_error']:.2g})")
 
 
+@app.command()
+@click.argument("source", metavar="ADAPTER|RUN|CHECKPOINT")
+@click.option("--base", help="The base model: compares the change with its weights.")
+@click.option("--against", multiple=True, help="Another adapter; may be given several times.")
+@click.option("--data", help="Rows to measure the dimension of activations on, before and after.")
+@click.option("--extract", type=click.IntRange(min=1), help="Make an adapter of this rank.")
+@click.option("--output", type=click.Path(path_type=Path), help="The report, or the new adapter.")
+@click.option("--no-intruders", is_flag=True, help="Leave out what needs the base's SVD.")
+@_common
+def inspect(
+    source: str,
+    base: str | None,
+    against: tuple[str, ...],
+    data: str | None,
+    extract: int | None,
+    output: Path | None,
+    no_intruders: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """X-ray an adapter: what its rank is used for, what it does to its base, what it shares.
+
+    Of a whole checkpoint, looks at the difference to its base; with --extract it writes the best
+    adapter of that rank to the folder --output and says how much of the change that keeps.
+
+    \b
+    Examples:
+      loralab inspect runs/rank-8 --output xray.html
+      loralab inspect my-adapter --base smollm2 --against other-adapter
+      loralab inspect runs/rank-8 --base minilm --data tweets
+      loralab inspect tuned-model --base smollm2 --extract 16 --output extracted
+    """
+    from loralab.runs.inspect import inspect as look_into
+    from loralab.runs.tables import xray_table
+
+    console = _console(as_json, quiet)
+    document = look_into(
+        source,
+        base=base,
+        against=against,
+        data=data,
+        extract=extract,
+        output=output,
+        directions=not no_intruders,
+        listen=console.listen,
+    )
+    if as_json:
+        console.data(document)
+        return
+    console.text("\n".join(document["summary"]) + "\n")
+    console.table(*xray_table(document))
+    if "report" in document:
+        console.text(f"\n{document['report']}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     as_json = "--json" in (arguments if arguments is not None else _argv())

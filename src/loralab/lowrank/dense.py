@@ -19,7 +19,7 @@ from loralab.errors import AdapterError
 from loralab.lowrank.spectra import SVD
 
 SMALL = 1024  # a side up to which a second thread brings less than waking it costs
-_syrk = linalg.get_blas_funcs("syrk", dtype=np.float64)
+(_syrk,) = linalg.get_blas_funcs(("syrk",), dtype=np.float64)
 BLOCK_ELEMENTS = 1 << 22  # of a weight that are in fp64 at once: 32 MiB
 
 

@@ -3,9 +3,13 @@
 from functools import cached_property
 from pathlib import Path
 
+import torch
+import transformers
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from loralab.errors import ModelError
+from loralab.models.quiet import quiet
 from loralab.models.resolve import check_weights, model_folder
 
 
@@ -28,6 +32,11 @@ class StoredWeights:
             with safe_open(file, framework="pt") as handle:
                 found.update(dict.fromkeys(handle.keys(), file))
         return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors."""
+        return tuple(self.files)
 
     @property
     def num_bytes(self) -> int:
@@ -55,3 +64,18 @@ class StoredWeights:
             return None
         with safe_open(self.files[name], framework="pt") as handle:
             return handle.get_tensor(name)
+
+    def structure(self) -> nn.Module:
+        """The model that the folder's config names, on the meta device: modules without weights."""
+        try:
+            with quiet(), torch.device("meta"):
+                config = transformers.AutoConfig.from_pretrained(
+                    self.folder, trust_remote_code=False, local_files_only=True
+                )
+                name = (config.architectures or ["AutoModel"])[0]
+                return getattr(transformers, name)(config)
+        except (OSError, ValueError, AttributeError, KeyError) as error:
+            raise ModelError(
+                f"{self.folder}: its config.json names no model that can be built ({error})",
+                "give a folder that transformers has saved.",
+            ) from error

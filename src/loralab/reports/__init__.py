@@ -12,8 +12,9 @@ from loralab.reports import formats
 from loralab.reports.comparison import comparison_page
 from loralab.reports.page import write_page
 from loralab.reports.run import run_page
+from loralab.reports.xray import xray_page
 
-__all__ = ["formats", "write_comparison_report", "write_run_report"]
+__all__ = ["formats", "write_comparison_report", "write_run_report", "write_xray_report"]
 
 
 def write_comparison_report(
@@ -51,3 +52,11 @@ def write_run_report(run: Mapping[str, Any], path: str | Path) -> None:
     Raises `OutputError` where the file cannot be written.
     """
     write_page(run_page(run), path)
+
+
+def write_xray_report(document: Mapping[str, Any], path: str | Path) -> None:
+    """Write the page of what `loralab inspect --json` prints to `path`, whole or not at all.
+
+    Raises `OutputError` where the file cannot be written.
+    """
+    write_page(xray_page(document), path)

@@ -110,7 +110,7 @@ def learning_rate_chart(
         "best": ([p for p in points if p["best"]], {**point, **ring}),
     }
     return {
-        **_spec(description, None),
+        **view(description, None),
         "layer": [
             {
                 "name": name,
@@ -162,7 +162,7 @@ def loss_chart(
         "validation": (validation, {**line, "strokeWidth": 2, "point": {**point, "opacity": 1}}),
     }
     return {
-        **_spec(description, None),
+        **view(description, None),
         "layer": [
             {
                 "name": name,
@@ -180,7 +180,7 @@ def schedule_chart(
     rows: Sequence[Mapping[str, Any]], styles: Sequence[Swatch], description: str
 ) -> Spec:
     """Learning rate against the step, a line a parameter group (`group`, `step`, `rate`)."""
-    return _spec(
+    return view(
         description,
         rows,
         mark={"type": "line", "strokeWidth": 1.75},
@@ -269,7 +269,7 @@ def cost_chart(
         {"field": "cost_text", "type": "nominal", "title": cost_title},
         {"field": "quality_text", "type": "nominal", "title": quality_title},
     ]
-    return _spec(
+    return view(
         description,
         rows,
         layer=[
@@ -325,7 +325,8 @@ def _by_method(styles: Sequence[Swatch], part: str) -> Spec:
     }
 
 
-def _spec(description: str, rows: Sequence[Mapping[str, Any]] | None, **view: Any) -> Spec:
+def view(description: str, rows: Sequence[Mapping[str, Any]] | None, **parts: Any) -> Spec:
+    """A Vega-Lite specification in the look of all charts: what it shows, its data, its parts."""
     data = {} if rows is None else {"data": {"values": list(rows)}}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
@@ -334,7 +335,7 @@ def _spec(description: str, rows: Sequence[Mapping[str, Any]] | None, **view: An
         "height": 180,
         "autosize": {"type": "fit", "contains": "padding"},
         **data,
-        **view,
+        **parts,
         "config": _CONFIG,
     }
 

@@ -1,5 +1,6 @@
 """What the verbs show in a terminal: rows of short text."""
 
+from statistics import median
 from typing import Any
 
 from loralab.reports import formats
@@ -91,6 +92,47 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
         if value is not None:
             rows.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
     return ("merged", ""), rows
+
+
+def xray_table(document: dict[str, Any]) -> Table:
+    """One row a kind of module: how many directions, where, and against the base where known."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for module in document["xray"]["modules"]:
+        kinds.setdefault(module["kind"], []).append(module)
+    shares = document["figures"]["energy_by_kind"]
+    has_base = any(module["base"] for group in kinds.values() for module in group)
+    columns = ("module", "number", "share", "90 % in", "effective rank", "||B||/||A||")
+    rows = []
+    for kind, group in kinds.items():
+        row = (
+            kind,
+            str(len(group)),
+            formats.percent(shares.get(kind, 0.0), 0),
+            formats.number(_middle(group, "directions_90"), 0),
+            formats.number(_middle(group, "effective_rank"), 1),
+            formats.number(_middle(group, "balance"), 2),
+        )
+        bases = [module["base"] for module in group if module["base"]]
+        if has_base:
+            row += (
+                formats.percent(_middle(bases, "relative_norm"), 2),
+                formats.number(_middle(bases, "amplification"), 2),
+                formats.exact(_sum(bases, "intruders")),
+            )
+        rows.append(row)
+    if has_base:
+        columns += ("of the base", "amplified", "intruders")
+    return columns, rows
+
+
+def _middle(rows: list[dict[str, Any]], key: str) -> float | None:
+    known = [row[key] for row in rows if row[key] is not None]
+    return median(known) if known else None
+
+
+def _sum(rows: list[dict[str, Any]], key: str) -> int | None:
+    known = [row[key] for row in rows if row[key] is not None]
+    return sum(known) if known else None
 
 
 def run_lines(run: Run) -> str:

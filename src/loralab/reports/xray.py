@@ -1,0 +1,430 @@
+"""The X-ray of an adapter -> a page: what it means, heat maps by layer and module, every figure."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from loralab.reports import formats, heatmaps
+from loralab.reports.blocks import (
+    Cell,
+    Column,
+    Facts,
+    Figure,
+    FigureGrid,
+    Note,
+    Notes,
+    Page,
+    Section,
+    Table,
+)
+
+Row = Mapping[str, Any]
+MAX_LINES = 250  # spectra that are drawn
+MAX_CELLS = 24  # of an overlap's table, each way
+
+
+def xray_page(document: Row) -> Page:
+    """The page of what `loralab inspect --json` prints; parts that are missing are left out."""
+    xray = document.get("xray") or {}
+    modules = [module for module in xray.get("modules") or () if module]
+    summary = [str(line) for line in document.get("summary") or ()]
+    sections = [
+        _meaning_section(summary),
+        _map_section(modules),
+        _base_section(modules),
+        _dimension_section(document.get("dimensions") or ()),
+        *(_overlap_section(index, o) for index, o in enumerate(xray.get("overlaps") or ())),
+        _extract_section(document.get("extracted")),
+        _module_section(modules),
+        _other_section(xray.get("others") or ()),
+    ]
+    return Page(
+        title=f"X-ray of {document.get('source', 'an adapter')}",
+        kicker=_kicker(document),
+        headline=summary[0] if summary else "An X-ray without figures",
+        facts=_facts(document),
+        sections=tuple(section for section in sections if section is not None),
+    )
+
+
+def _kicker(document: Row) -> str:
+    base = f" on {document['base']}" if document.get("base") else ""
+    return f"X-ray of {document.get('kind', 'adapter')} {document.get('source', '')}{base}"
+
+
+def _facts(document: Row) -> Facts:
+    settings = (document.get("xray") or {}).get("settings") or {}
+    storage = (document.get("figures") or {}).get("storage") or {}
+    rows = [
+        (formats.words(key), formats.plain(value), "")
+        for key, value in settings.items()
+        if key != "parameters"
+    ]
+    if "parameters" in settings:
+        count = settings["parameters"]
+        rows.append(("parameters", formats.count(count), formats.exact(count)))
+    if "total_bytes" in storage:
+        size = storage["total_bytes"]
+        rows.append(("size", formats.data_size(size), f"{formats.exact(size)} bytes"))
+        full = storage.get("full_weights_bytes")
+        rows.append(("the same weights in full (fp32)", formats.data_size(full), ""))
+    return Facts(tuple(rows))
+
+
+def _meaning_section(summary: Sequence[str]) -> Section | None:
+    if not summary:
+        return None
+    notes = tuple(
+        Note("warning" if "intruder dimension" in line and line[0].isdigit() else "info", "", line)
+        for line in summary
+    )
+    return Section("meaning", "What it means", "Meaning", (Notes(notes),))
+
+
+Get = Callable[[Row], Any]
+
+
+def _figure(
+    key: str, heading: str, modules: Sequence[Row], get: Get, number_format: str, **options: Any
+) -> Figure | None:
+    rows = [
+        {
+            "block": "other" if module["block"] is None else module["block"],
+            "kind": module["kind"],
+            "module": module["module"],
+            "value": value,
+        }
+        for module in modules
+        if (value := formats.finite(get(module))) is not None
+    ]
+    if not rows:
+        return None
+    spec = heatmaps.layer_heat_map(
+        rows,
+        title=heading,
+        number_format=number_format,
+        description=f"{heading} by block and kind of module",
+        **options,
+    )
+    return Figure(key, heading, spec)
+
+
+def _map_section(modules: Sequence[Row]) -> Section | None:
+    if not modules:
+        return None
+    figures = [
+        _figure(
+            "map-directions", "directions for 90 %", modules, lambda m: m["directions_90"], "d"
+        ),
+        _figure("map-effective", "effective rank", modules, lambda m: m["effective_rank"], ".1f"),
+        _figure("map-norm", "norm of the change", modules, lambda m: m["norm"], ".2~e"),
+        _figure("map-balance", "||B|| / ||A||", modules, lambda m: m.get("balance"), ".2~r"),
+    ]
+    figures = [figure for figure in figures if figure is not None]
+    figures.append(Figure("spectra", "Spectra", _spectra(modules)))
+    caption = (
+        "Each cell is a module. Directions for 90 %: how many singular directions hold that share"
+        " of the squared norm. Effective rank: exp of the entropy of the squared singular values."
+    )
+    grid = FigureGrid(caption, tuple(figures), (_kind_table(modules),))
+    lead = "Where the change is, and in how many directions it lies."
+    return Section("maps", "By layer and module", "Maps", (grid,), lead)
+
+
+def _spectra(modules: Sequence[Row]) -> dict[str, Any]:
+    stride = -(-len(modules) // MAX_LINES)
+    rows = [
+        {"module": module["module"], "index": index, "value": round(value / values[0], 5)}
+        for module in modules[::stride]
+        if (values := module["singular_values"]) and values[0] > 0
+        for index, value in enumerate(values, start=1)
+    ]
+    return heatmaps.spectrum_chart(rows, "Singular values of every module, relative to the first")
+
+
+def _kind_table(modules: Sequence[Row]) -> Table:
+    kinds: dict[str, list[Row]] = {}
+    for module in modules:
+        kinds.setdefault(module["kind"], []).append(module)
+    total = sum(module["norm"] ** 2 for module in modules) or 1.0
+    rows = tuple(
+        (
+            Cell(kind),
+            Cell(formats.exact(len(group))),
+            Cell(formats.percent(sum(m["norm"] ** 2 for m in group) / total)),
+            Cell(formats.number(_mean(m["directions_90"] for m in group), 1)),
+            Cell(formats.number(_mean(m["effective_rank"] for m in group), 1)),
+            Cell(formats.number(_mean(m["stable_rank"] for m in group), 1)),
+            Cell(formats.data_size(sum(m["num_bytes"] for m in group))),
+        )
+        for kind, group in kinds.items()
+    )
+    columns = (
+        Column("kind of module", numeric=False),
+        Column("modules"),
+        Column("share of the change"),
+        Column("directions for 90 %", "mean"),
+        Column("effective rank", "mean"),
+        Column("stable rank", "mean"),
+        Column("size"),
+    )
+    return Table("By kind of module.", columns, rows, wide=False)
+
+
+def _base_section(modules: Sequence[Row]) -> Section | None:
+    known = [module for module in modules if module.get("base")]
+    if not known:
+        return None
+    percent = ".2~%"
+    figures = [
+        _figure(
+            "map-relative",
+            "||delta|| / ||W||",
+            known,
+            lambda m: m["base"]["relative_norm"],
+            percent,
+        ),
+        _figure(
+            "map-spectral",
+            "first singular value / the base's",
+            known,
+            lambda m: m["base"]["relative_spectral_norm"],
+            percent,
+        ),
+        _figure(
+            "map-amplification",
+            "amplification",
+            known,
+            lambda m: m["base"]["amplification"],
+            ".2~r",
+            logarithmic=True,
+        ),
+        _figure("map-intruders", "intruders", known, lambda m: m["base"]["intruders"], "d"),
+        _figure(
+            "map-onset",
+            "times the delta at which the first intruder comes",
+            known,
+            lambda m: m["base"]["onset_scale"],
+            ".2~r",
+            logarithmic=True,
+        ),
+    ]
+    caption = (
+        "Amplification: the norm of the delta over what the base does along the delta's own"
+        " directions (Hu et al. 2021, table 7). Intruders: of the adapted weight's first ten"
+        " directions those that no direction of the base is near to (cosine below 0.5) and the"
+        " delta is (Shuttleworth et al. 2024). The last map estimates how many times the delta it"
+        " takes, from the base's spectrum."
+    )
+    strongest = sorted(known, key=lambda m: -m["base"]["relative_norm"])[:12]
+    rows = tuple(
+        (
+            Cell(module["module"]),
+            Cell(formats.percent(base["relative_norm"], 2)),
+            Cell(formats.number(base["along_delta"], 3)),
+            Cell(formats.number(base["along_own"], 2)),
+            Cell(formats.number(base["along_random"], 3)),
+            Cell(formats.number(base["amplification"], 2)),
+            Cell(formats.exact(base["intruders"])),
+        )
+        for module in strongest
+        if (base := module["base"])
+    )
+    columns = (
+        Column("module", numeric=False),
+        Column("||delta|| / ||W||"),
+        Column("||U'WV||", "delta's directions"),
+        Column("||U'WV||", "base's first"),
+        Column("||U'WV||", "random"),
+        Column("amplification"),
+        Column("intruders"),
+    )
+    table = Table("The modules that change most.", columns, rows, wide=False)
+    grid = FigureGrid(caption, tuple(f for f in figures if f is not None), (table,))
+    return Section("base", "Against the base", "Base", (grid,))
+
+
+def _dimension_section(dimensions: Sequence[Row]) -> Section | None:
+    if not dimensions:
+        return None
+    rows = [
+        {
+            "layer": row["layer"],
+            "state": state,
+            "mean": row[state]["intrinsic"],
+            "low": row[state]["low"],
+            "high": row[state]["high"],
+        }
+        for row in dimensions
+        for state in ("before", "after")
+    ]
+    cells = tuple(
+        (
+            Cell(str(row["layer"])),
+            *(
+                Cell(
+                    formats.number(row[state]["intrinsic"], 1),
+                    detail=formats.span(
+                        formats.number(row[state]["low"], 1), formats.number(row[state]["high"], 1)
+                    ),
+                )
+                for state in ("before", "after")
+            ),
+            *(Cell(formats.number(row[state]["linear"], 1)) for state in ("before", "after")),
+        )
+        for row in dimensions
+    )
+    columns = (
+        Column("layer", numeric=False),
+        Column("intrinsic, before", "95 % interval"),
+        Column("intrinsic, after", "95 % interval"),
+        Column("participation ratio, before"),
+        Column("participation ratio, after"),
+    )
+    table = Table("Hidden states, averaged over each row's tokens.", columns, cells, wide=False)
+    chart = Figure(
+        "dimensions",
+        "Intrinsic dimension",
+        heatmaps.dimension_chart(rows, "Intrinsic dimension by layer, before and after"),
+    )
+    caption = (
+        "How many dimensions the hidden states of real rows lie on (TwoNN, Facco et al. 2017)."
+        " Layer 0 is the embeddings. Bands are 95 % intervals."
+    )
+    grid = FigureGrid(caption, (chart,), (table,))
+    return Section("dimensions", "Activations before and after", "Activations", (grid,))
+
+
+def _overlap_section(index: int, overlap: Row) -> Section:
+    figures = []
+    for side in ("inputs", "outputs"):
+        table = [line[:MAX_CELLS] for line in overlap[side][:MAX_CELLS]]
+        if table:
+            spec = heatmaps.overlap_heat_map(
+                table,
+                first="directions of this one",
+                second="directions of the other",
+                description=f"Mean overlap of the deltas' {side}",
+            )
+            figures.append(Figure(f"overlap-{index}-{side}", f"Overlap on {side}", spec))
+    rows = tuple(
+        (
+            Cell(module["module"]),
+            Cell(formats.exact(module["num_directions"])),
+            Cell(formats.number(module["cosine"], 3)),
+            *(cell for side in ("inputs", "outputs") for cell in _side_cells(module[side])),
+        )
+        for module in overlap["modules"]
+    )
+    columns = (
+        Column("module", numeric=False),
+        Column("directions"),
+        Column("cosine"),
+        Column("inputs", "overlap"),
+        Column("inputs", "by chance"),
+        Column("outputs", "overlap"),
+        Column("outputs", "by chance"),
+    )
+    caption = (
+        "phi(i, j): how much of the first i directions of one delta lies in the first j of the"
+        " other, from 0 to 1, mean over modules (Hu et al. 2021, figures 3 and 4, on the singular"
+        " vectors of the deltas). Random directions give max(i, j) over the number of features."
+    )
+    grid = FigureGrid(caption, tuple(figures), (Table("", columns, rows, wide=False),))
+    title = f"Against {overlap['name']}"
+    return Section(f"overlap-{index}", title, "Overlap", (grid,))
+
+
+def _side_cells(side: Row) -> tuple[Cell, Cell]:
+    return (
+        Cell(formats.number(side["shared"], 3), strong=bool(side["above_chance"])),
+        Cell(formats.number(side["expected"], 3)),
+    )
+
+
+def _extract_section(extracted: Row | None) -> Section | None:
+    if not extracted:
+        return None
+    facts = Facts(
+        (
+            ("adapter", str(extracted["adapter"]), ""),
+            ("rank", formats.exact(extracted["rank"]), ""),
+            ("kept of the change", formats.percent(extracted["kept_share"]), ""),
+            ("its size", formats.data_size(extracted["adapter_bytes"]), ""),
+            ("the checkpoint's size", formats.data_size(extracted["checkpoint_bytes"]), ""),
+        )
+    )
+    least = sorted(extracted["kept"].items(), key=lambda item: item[1])[:12]
+    rows = tuple((Cell(module), Cell(formats.percent(share))) for module, share in least)
+    table = Table(
+        "Where least of the change is kept.",
+        (Column("module", numeric=False), Column("kept of the squared norm")),
+        rows,
+        wide=False,
+    )
+    notes = tuple(Note("info", "", str(note)) for note in extracted["notes"])
+    blocks = (facts, table, *((Notes(notes),) if notes else ()))
+    return Section("extracted", "The adapter that was made of it", "Extracted", blocks)
+
+
+def _module_section(modules: Sequence[Row]) -> Section | None:
+    if not modules:
+        return None
+    rows = tuple(
+        (
+            Cell(module["module"], title=" ".join(module["notes"])),
+            Cell(" x ".join(map(str, module["shape"]))),
+            Cell(formats.plain(module["rank"])),
+            Cell(formats.exact(module["directions_90"])),
+            Cell(formats.exact(module["directions_99"])),
+            Cell(formats.number(module["effective_rank"], 1)),
+            Cell(formats.number(module["stable_rank"], 1)),
+            Cell(f"{module['norm']:.3g}"),
+            Cell(f"{module['spectral_norm']:.3g}"),
+            Cell(formats.number(module["balance"], 2)),
+        )
+        for module in modules
+    )
+    columns = (
+        Column("module", numeric=False),
+        Column("out x in"),
+        Column("rank"),
+        Column("90 %", "directions"),
+        Column("99 %", "directions"),
+        Column("effective rank"),
+        Column("stable rank"),
+        Column("norm"),
+        Column("first value"),
+        Column("||B|| / ||A||"),
+    )
+    notes = sorted({note for module in modules for note in module["notes"]})
+    table = Table("", columns, rows, note=" ".join(notes))
+    return Section("modules", "Every module", "Modules", (table,))
+
+
+def _other_section(others: Sequence[Row]) -> Section | None:
+    if not others:
+        return None
+    rows = tuple(
+        (
+            Cell(other["name"]),
+            Cell(other["role"]),
+            Cell(" x ".join(map(str, other["shape"]))),
+            Cell(formats.data_size(other["num_bytes"])),
+            Cell(formats.percent(other["relative_change"], 2), detail=other["note"]),
+        )
+        for other in others
+    )
+    columns = (
+        Column("tensor", numeric=False),
+        Column("what it is", numeric=False),
+        Column("shape"),
+        Column("size"),
+        Column("||own - base|| / ||base||"),
+    )
+    lead = "Replaced whole, so that a spectrum says nothing of them."
+    return Section("others", "Other tensors", "Others", (Table("", columns, rows),), lead)
+
+
+def _mean(values: Any) -> float:
+    known = list(values)
+    return sum(known) / len(known) if known else 0.0
