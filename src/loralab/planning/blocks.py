@@ -19,7 +19,10 @@ from loralab.planning.timeline import Place
 _KINDS = (
     ("attention", ("attn", "attention")),
     ("norms", ("norm", "ln_", "layernorm")),
-    ("feed-forward", ("mlp", "ffn", "feed_forward", "fc", "intermediate", "output", "dense")),
+    (
+        "feed-forward",
+        ("mlp", "ffn", "feed_forward", "fc", "intermediate", "output", "dense", "activation"),
+    ),
 )
 
 

@@ -16,6 +16,9 @@ def extended(trace: Callable[[Sequence[Run]], Accounts], runs: Sequence[Run]) ->
     whole.
     """
     few = [run.keeping(TRACED_PERIODS * run.period) for run in runs]
+    cost = sum(run.kept for run in few) * (1 + sum(run.kept < run.length for run in few))
+    if cost >= sum(run.length for run in runs):
+        return trace(runs)
     base = trace(few)
     total = base
     for run in few:

@@ -28,6 +28,7 @@ def predict(
 
     Raises `PlanError` for a step that cannot be traced.
     """
+
     def few(kept: Sequence[Run]) -> Accounts:
         return account(timeline(config, device, source, kept), device, run_ends(kept))
 

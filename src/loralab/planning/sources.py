@@ -27,11 +27,19 @@ def meta_model(
     """
     if model is not None:
         return _shapes(model)
+    return _built(config, torch.device("meta"))
+
+
+def drawn_model(config: RunConfig, device: torch.device) -> nn.Module:
+    """The model of `config` on `device`, its weights drawn at random; errors as `meta_model`."""
+    return _built(config, device)
+
+
+def _built(config: RunConfig, device: torch.device) -> nn.Module:
     settings = config.model
-    architecture = find_architecture(settings.name)
     try:
         return build_model(
-            architecture,
+            find_architecture(settings.name),
             task=settings.task,
             num_labels=settings.num_labels,
             dtype=settings.dtype,
@@ -39,6 +47,7 @@ def meta_model(
             head_dropout=settings.head_dropout,
             dropout=settings.dropout,
             pooling=settings.pooling,
+            device=device,
         )
     except (AttributeError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise ModelError(

@@ -18,7 +18,7 @@ from loralab.data import Encoded, collate
 from loralab.errors import PlanError
 from loralab.models import enable_activation_checkpointing, head_name, quiet
 from loralab.planning.blocks import Run, find_runs, kept_blocks, renumber_blocks
-from loralab.planning.sources import meta_model
+from loralab.planning.sources import drawn_model, meta_model
 from loralab.planning.trace import Tracer
 from loralab.training import Trainable, prepare, repeatable_step
 
@@ -120,8 +120,24 @@ class PlainStep:
         if self._is_adapted:
             tracer.label((p for p in model.parameters() if p.requires_grad), "adapters")
         tracer.label(fakes.values(), "weights")
-        more = {"use_cache": True} if self._keeps_cache else {}
-        return _plain_step(config, model, more)
+        return _plain_step(config, model, torch.device("cpu"), keeps_cache=self._keeps_cache)
+
+
+def real_step(config: RunConfig, kind: StepKind, device: torch.device) -> Step:
+    """The same step in earnest, with random weights on `device`: what verifies a plan."""
+    model = drawn_model(config, device)
+    keeps_cache = _keeps_cache(model) and not config.training.activation_checkpointing
+    if kind == "own" or config.method.kind != "lora":
+        trainable = prepare(
+            model, config.method, config.training, task=config.model.task, device=device
+        )
+        if kind == "own":
+            return repeatable_step(trainable, rows_for(config))
+    else:
+        model = _peft_model(config, model)
+    ready = _plain_step(config, model, device, keeps_cache=keeps_cache)
+    ready.before()
+    return ready.step
 
 
 def _faked(
@@ -151,8 +167,11 @@ def _keeps_cache(model: nn.Module) -> bool:
     return takes and bool(getattr(getattr(model, "config", None), "use_cache", False))
 
 
-def _plain_step(config: RunConfig, model: nn.Module, more: dict[str, Any]) -> Ready:
+def _plain_step(
+    config: RunConfig, model: nn.Module, device: torch.device, *, keeps_cache: bool
+) -> Ready:
     training, rows = config.training, rows_for(config)
+    more = {"use_cache": True} if keeps_cache else {}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
         trained,
@@ -174,9 +193,9 @@ def _plain_step(config: RunConfig, model: nn.Module, more: dict[str, Any]) -> Re
     def step() -> None:
         for batch in batches:
             loss = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                labels=batch.labels,
+                input_ids=batch.input_ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+                labels=batch.labels.to(device),
                 **more,
             ).loss
             (loss / len(batches)).backward()
@@ -211,7 +230,8 @@ def _peft_model(config: RunConfig, model: nn.Module) -> nn.Module:
     )
     if config.training.activation_checkpointing:
         enable_activation_checkpointing(model)
-    with torch.device("meta"), quiet(), warnings.catch_warnings():
+    device = next(model.parameters()).device
+    with device, quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's own use of transformers
         try:
             return peft.get_peft_model(model, settings)  # pyright: ignore[reportArgumentType]
