@@ -94,13 +94,17 @@ class Figure:
 
 @dataclass(frozen=True)
 class FigureGrid:
-    """Charts side by side that share a caption, and the tables of their figures."""
+    """Charts side by side that share a caption, and the tables of their figures.
+
+    `broad`: at most two beside each other.
+    """
 
     kind: ClassVar[str] = "figures"
     caption: str
     figures: tuple[Figure, ...]
     tables: tuple[Table, ...]
     legend: tuple[Swatch, ...] = ()
+    broad: bool = False
 
 
 @dataclass(frozen=True)

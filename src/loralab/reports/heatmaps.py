@@ -45,7 +45,7 @@ def layer_heat_map(
                     "sort": kinds,
                     "axis": {"ticks": False},
                 },
-                "color": _colour("value", title, number_format, scale),
+                "color": _colour("value", number_format, scale),
                 "tooltip": [
                     {"field": "module", "type": "nominal", "title": "module"},
                     {
@@ -57,7 +57,7 @@ def layer_heat_map(
                 ],
             },
         ),
-        "height": max(60, ROW_HEIGHT * len(kinds)),
+        "height": 50 + ROW_HEIGHT * max(2, len(kinds)),
     }
 
 
@@ -79,7 +79,7 @@ def overlap_heat_map(
             encoding={
                 "x": {"field": "j", "type": "ordinal", "title": second, "axis": axis},
                 "y": {"field": "i", "type": "ordinal", "title": first, "axis": axis},
-                "color": _colour("phi", "overlap", ".2f", {"scheme": SCHEME, "domain": [0, 1]}),
+                "color": _colour("phi", ".2f", {"scheme": SCHEME, "domain": [0, 1]}),
                 "tooltip": [
                     {"field": "i", "type": "ordinal", "title": first},
                     {"field": "j", "type": "ordinal", "title": second},
@@ -153,10 +153,10 @@ def dimension_chart(rows: Sequence[Mapping[str, Any]], description: str) -> Spec
     )
 
 
-def _colour(field: str, title: str, number_format: str, scale: Spec) -> Spec:
+def _colour(field: str, number_format: str, scale: Spec) -> Spec:
     return {
         "field": field,
         "type": "quantitative",
         "scale": scale,
-        "legend": {"title": title, "format": number_format, "orient": "bottom"},
+        "legend": {"title": None, "format": number_format, "orient": "right"},
     }

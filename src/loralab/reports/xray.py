@@ -125,7 +125,7 @@ def _map_section(modules: Sequence[Row]) -> Section | None:
         "Each cell is a module. Directions for 90 %: how many singular directions hold that share"
         " of the squared norm. Effective rank: exp of the entropy of the squared singular values."
     )
-    grid = FigureGrid(caption, tuple(figures), (_kind_table(modules),))
+    grid = FigureGrid(caption, tuple(figures), (_kind_table(modules),), broad=True)
     lead = "Where the change is, and in how many directions it lies."
     return Section("maps", "By layer and module", "Maps", (grid,), lead)
 
@@ -201,7 +201,7 @@ def _base_section(modules: Sequence[Row]) -> Section | None:
         _figure("map-intruders", "intruders", known, lambda m: m["base"]["intruders"], "d"),
         _figure(
             "map-onset",
-            "times the delta at which the first intruder comes",
+            "first intruder at so many times the delta",
             known,
             lambda m: m["base"]["onset_scale"],
             ".2~r",
@@ -239,7 +239,7 @@ def _base_section(modules: Sequence[Row]) -> Section | None:
         Column("intruders"),
     )
     table = Table("The modules that change most.", columns, rows, wide=False)
-    grid = FigureGrid(caption, tuple(f for f in figures if f is not None), (table,))
+    grid = FigureGrid(caption, tuple(f for f in figures if f is not None), (table,), broad=True)
     return Section("base", "Against the base", "Base", (grid,))
 
 

@@ -24,6 +24,10 @@ DORA = (
     "DoRA: the spectrum is that of scale * B @ A, the change of direction; with its magnitudes the"
     " whole change is of full rank"
 )
+ALL_GROUPS = (
+    "a grouped convolution whose A sees the channels of all groups, as its kernel cannot: nothing"
+    " to compare with the base"
+)
 
 
 @runtime_checkable
@@ -118,10 +122,10 @@ def xray(
 
 def joined(adapter: Adapter, module: str) -> Factors:
     """The pair as one product, also where a grouped convolution's B maps each group's share."""
-    pair, groups = adapter.factors(module), adapter.layer(module).groups
+    groups, (A, B) = adapter.layer(module).groups, adapter.pairs[module]
     if groups == 1:
-        return pair
-    return Factors(A=pair.A, B=torch.block_diag(*pair.B.chunk(groups)), scale=pair.scale)
+        return adapter.factors(module)
+    return Factors(A=A, B=torch.block_diag(*B.chunk(groups)), scale=adapter.scale(module))
 
 
 def _module(
@@ -137,7 +141,9 @@ def _module(
     magnitude = adapter.magnitudes.get(module)
     notes = [DORA] if magnitude is not None else []
     base = None
-    if weights is not None:
+    if adapter.layer(module).groups > 1:
+        notes.append(ALL_GROUPS)
+    elif weights is not None:
         weight = base_matrix(adapter, module, weights)
         if weight is None:
             notes.append("the base's files have no such weight: nothing to compare the change with")
@@ -218,6 +224,8 @@ def _stored(module: str, weights: Weights) -> tuple[str, Tensor | None]:
 def _check_shapes(adapter: Adapter, weights: Weights) -> None:
     faults, missing = [], []
     for module in adapter.pairs:
+        if adapter.layer(module).groups > 1:
+            continue
         stored = _stored(module, weights)[1]
         if stored is None:
             missing.append(module)
