@@ -15,8 +15,9 @@ from loralab.adapters.compiled import follow_compiled, register
 from loralab.adapters.doubles import plain_copy, plain_tensors
 from loralab.adapters.following import follow
 from loralab.adapters.items import Pair
+from loralab.adapters.packed import follow_packed
 from loralab.adapters.probes import Probe
-from loralab.adapters.routes import route_in_force
+from loralab.adapters.routes import Route, route_in_force
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.targets import ADAPTERS, walk
 from loralab.errors import AdapterError, RouteError
@@ -45,6 +46,7 @@ class Host:
     fingerprint: the base's, once taken.
     row_dimensions: module -> the dimension of its input that holds the rows, where declared.
     seen_rows: the same as far as it was seen (None: in no dimension).
+    seen_tokens: module -> whether its input was seen to be (rows, tokens, ...) of a packed batch.
     probed: the kinds of model inputs that were looked at for it.
     """
 
@@ -56,6 +58,7 @@ class Host:
         self.fingerprint: dict[str, str] | None = None
         self.row_dimensions: dict[str, int] = {}
         self.seen_rows: dict[str, int | None] = {}
+        self.seen_tokens: dict[str, bool] = {}
         self.probed: set[tuple[Any, ...]] = set()
 
 
@@ -100,6 +103,8 @@ class Adapted(nn.Module):
         if route is None:
             _refuse_training_without_route(self)
             return super().forward(*args, **kwargs)
+        if isinstance(route, Route) and route.packed is not None:
+            return follow_packed(self, bank, route, super().forward, args, kwargs)
         return follow(self, bank, route, super().forward, args, kwargs)
 
     def _get_name(self) -> str:

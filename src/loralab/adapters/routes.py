@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
+from jaxtyping import Int
 from torch import Tensor
 
 from loralab.errors import RouteError, nearest
@@ -31,13 +32,13 @@ class Group:
     rows: tuple[int, ...]
     weights: tuple[float, ...]
 
-    @property
+    @functools.cached_property
     def span(self) -> slice | None:
         """The rows as a slice where they follow each other, so that taking them copies nothing."""
         first, last = self.rows[0], self.rows[-1]
         return slice(first, last + 1) if last - first + 1 == len(self.rows) else None
 
-    @property
+    @functools.cached_property
     def weight(self) -> float | None:
         """The one weight of all rows, where it is one."""
         return self.weights[0] if len(set(self.weights)) == 1 else None
@@ -45,10 +46,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Route:
-    """`mixes` holds one mix for the whole batch (`num_rows` None) or one a row."""
+    """`mixes` holds one mix for the whole batch (`num_rows` None) or one a row.
+
+    packed: (rows, tokens) of a batch whose mixes are one a token, row after row.
+    """
 
     mixes: tuple[Mix, ...]
     num_rows: int | None
+    packed: tuple[int, int] | None = None
     _indices: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
@@ -75,19 +80,25 @@ class Route:
             rows.setdefault(mix, []).append(row)
         return {mix: tuple(indices) for mix, indices in rows.items()}
 
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The adapters that any row uses."""
+        return frozenset(name for mix in set(self.mixes) for name, _ in mix)
+
     def index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
         """Row numbers as a tensor on the device, made once."""
-        key = (rows, device)
-        if key not in self._indices:
-            self._indices[key] = torch.tensor(rows, device=device)
-        return self._indices[key]
+        return self._made_once(rows, device, torch.int64)
 
     def coefficients(self, group: Group, like: Tensor) -> Tensor:
         """The weights of a group's rows, shaped to scale `like` row by row; made once."""
-        key = (group, like.dtype, like.device)
-        if key not in self._indices:
-            self._indices[key] = torch.tensor(group.weights, dtype=like.dtype, device=like.device)
-        return self._indices[key].view(-1, *(1 for _ in like.shape[1:]))
+        weights = self._made_once(group.weights, like.device, like.dtype)
+        return weights.view(-1, *(1 for _ in like.shape[1:]))
+
+    def _made_once(self, values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+        key = (id(values), device, dtype)  # hashing thousands of numbers costs more than a look
+        if key not in self._indices:  # the values are kept, so that no others take their id
+            self._indices[key] = values, torch.tensor(values, dtype=dtype, device=device)
+        return self._indices[key][1]
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,24 @@ def make_route(route: Entry | Sequence[Entry], hosted: Sequence[str]) -> Route:
             " these with one entry a row.",
         )
     return Route(mixes, len(entries) if by_row else None)
+
+
+def pack(route: Route, segments: Int[Tensor, "rows tokens"]) -> Route:
+    """The route of a packed batch: each token uses the entry of that number, below 0 the base.
+
+    Raises `RouteError` for numbers that no entry has, and for a route without a list of entries.
+    """
+    last = int(segments.max()) if segments.numel() else 0
+    if route.num_rows is None or last >= route.num_rows:
+        have = "no list of entries" if route.num_rows is None else f"{route.num_rows} entries"
+        raise RouteError(
+            f"route: there are {have}, but segments are numbered up to {last}",
+            "give a list with one entry a segment, and each token its entry's number from 0.",
+        )
+    mixes = (*route.mixes, ())
+    numbers = segments.clamp_min(-1).flatten().tolist()
+    rows, tokens = segments.shape
+    return Route(tuple(mixes[number] for number in numbers), len(numbers), (rows, tokens))
 
 
 def _mix(entry: Any, hosted: Sequence[str], faults: dict[str, None]) -> Mix:

@@ -7,6 +7,7 @@ can have, and every hosting module notes where that number turns up.
 """
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any, no_type_check
 
@@ -19,6 +20,7 @@ from loralab.adapters.targets import ADAPTERS, walk
 from loralab.errors import RouteError, TargetError, nearest
 
 PROBE_ROWS = 10007  # a prime: no other size of a model is this or divides it
+PROBE_TOKENS = 10009
 NEXT = (
     "give one entry a row of the batch; where this module sees the rows otherwise, use one adapter"
     " for the whole batch, declare the dimension with `declare_rows`, or leave the module out with"
@@ -60,7 +62,7 @@ def row_dimension(bank: Any, route: Route, x: Any) -> int:
             f" does not hold the {num_rows} rows of the route",
             NEXT,
         )
-    if declared is None:
+    if declared is None and route.packed is None:  # of a packed batch the dimension is known
         seen = bank.host.seen_rows.get(bank.path, "nothing")
         if seen == "nothing" and num_rows in shape[1:]:
             raise RouteError(
@@ -91,32 +93,48 @@ def probe_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     route = route_in_force(host)
     if not isinstance(route, Route) or not route.is_mixed:
         return
-    kind = (len(args), *sorted(name for name, value in kwargs.items() if value is not None))
+    packed = route.packed is not None
+    sizes = route.packed if route.packed is not None else (route.num_rows or 0, None)
+    given = sorted(name for name, value in kwargs.items() if value is not None)
+    kind = (packed, len(args), *given)
     if kind in host.probed:
         return
     host.probed.add(kind)
     probe = Probe()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    complaints = logging.getLogger("torch._subclasses.fake_tensor")
+    was_silent, complaints.disabled = complaints.disabled, True
     try:
         # a preview only: whatever cannot run on fake tensors is judged by its real shapes later
         with torch.no_grad(), in_force(host, probe), mode:
             module.forward(
-                *(_with_rows(value, route.num_rows, mode) for value in args),
-                **{key: _with_rows(kwargs[key], route.num_rows, mode) for key in kwargs},
+                *(_with_rows(value, *sizes, mode) for value in args),
+                **{key: _with_rows(kwargs[key], *sizes, mode) for key in kwargs},
             )
     except Exception:
         return
+    finally:
+        complaints.disabled = was_silent
     for path, shapes in probe.seen.items():
+        if packed:
+            starts = {shape[:2] for shape in shapes}
+            host.seen_tokens[path] = starts == {(PROBE_ROWS, PROBE_TOKENS)}
+            continue
         places = {shape.index(PROBE_ROWS) if PROBE_ROWS in shape else None for shape in shapes}
         host.seen_rows[path] = places.pop() if len(places) == 1 else None
 
 
-def _with_rows(value: Any, num_rows: int | None, mode: FakeTensorMode) -> Any:
-    """The input as a fake, with the probe's number of rows where it has rows."""
+def _with_rows(value: Any, num_rows: int, num_tokens: int | None, mode: FakeTensorMode) -> Any:
+    """The input as a fake, with the probe's numbers of rows (and tokens) where it has them."""
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     if value.ndim and value.shape[0] == num_rows:
         with mode:
-            shape = (PROBE_ROWS, *value.shape[1:])
+            places = (1,) if value.ndim < 4 else (1, 2, 3)  # a mask has tokens twice
+            rest = (
+                PROBE_TOKENS if place in places and size == num_tokens else size
+                for place, size in enumerate(value.shape[1:], 1)
+            )
+            shape = (PROBE_ROWS, *rest)
             return torch.empty(shape, dtype=value.dtype, device=value.device)
     return mode.from_tensor(value)

@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from loralab.adapters.hosting import host_of
-from loralab.adapters.routes import Entry, Route, in_force, make_route
+from loralab.adapters.routes import Entry, Route, in_force, make_route, pack
 from loralab.errors import RouteError
 
 
@@ -17,15 +18,26 @@ def hosted(model: nn.Module) -> tuple[str, ...]:
 
 
 @contextmanager
-def use(model: nn.Module, route: Entry | Sequence[Entry]) -> Iterator[None]:
+def use(
+    model: nn.Module,
+    route: Entry | Sequence[Entry],
+    *,
+    segments: Int[Tensor, "rows tokens"] | None = None,
+) -> Iterator[None]:
     """Puts a route in force for forwards of this thread or task inside the `with`.
 
     route: an adapter's name, None (the base), {name: weight} (a mix, deltas add up), or a list of
-    these with one entry a row of the batch. Raises `RouteError` for unknown names at once, and
-    at the forward where rows cannot be told apart.
+        these with one entry a row of the batch.
+    segments: for packed rows, the number of the entry that each token uses (below 0: the base). The
+        model itself keeps segments apart, by its mask and positions.
+
+    Raises `RouteError` for unknown names at once, and at the forward where rows cannot be told
+    apart.
     """
     host = host_of(model)
     made = make_route(route, tuple(host.configs) if host else ())
+    if segments is not None:
+        made = pack(made, segments)
     if host is None:
         yield
         return
