@@ -166,12 +166,14 @@ class TrainingSection(Section):
     master_weights: bool = True  # fp32 copies of what is trained in a half-precision model
     max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # 0: no clipping
     activation_checkpointing: bool = False
+    fuse_blocks: bool = True
     cache_frozen_prefix: bool = False  # frozen lower blocks run once a row, without dropout
     evaluations_per_epoch: PositiveInt = 1
     patience: PositiveInt | None = None  # stop after so many validations without improvement
     checkpoint_steps: PositiveInt = 50
     evaluation_batch_size: PositiveInt = 64
     device: str = "auto"
+    memory_plan: Literal["stop", "warn", "off"] = "stop"  # where the plan says it will not fit
     threads: PositiveInt | None = None
     sinks: list[Literal["tensorboard", "wandb"]] = []
 

@@ -67,7 +67,7 @@ def run(
         return attention.run(module, bank, mix, args, kwargs)
     member = member_of(module, mix)
     if member is not None and fits(member, input_of(args, kwargs)):
-        return low_rank_step(input_of(args, kwargs), *share([member]))[0]
+        return low_rank_step(input_of(args, kwargs), *cast(Any, share([member])))[0]
     replacing = [
         (bank.get(name), weight) for name, weight in mix if not is_additive(bank.get(name))
     ]

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loralab.adapters.items import Pair
 from loralab.adapters.layers import Path, path_of
-from loralab.adapters.routes import Mix
+from loralab.adapters.routes import Mix, Route, route_in_force
 from loralab.adapters.step import SharedInput
 
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
@@ -27,6 +27,11 @@ class Member:
     bias: Tensor | None
     pair: Pair | None
     scale: float
+
+
+def base_member(module: nn.Module) -> Member | None:
+    """The module without its adapters as a member, where it is a plain frozen linear layer."""
+    return member_of(module, ())
 
 
 def member_of(module: nn.Module, mix: Mix) -> Member | None:
@@ -52,6 +57,17 @@ def member_of(module: nn.Module, mix: Mix) -> Member | None:
     return Member(matrix, bias, item, item.scale * route_weight)
 
 
+def member_in_force(module: nn.Module) -> Member | None:
+    """The module as a member under the route in force, None where that is not for the step."""
+    bank = getattr(module, "adapters", None) if hasattr(module, "base_class") else None
+    if bank is None:
+        return base_member(module)
+    route = route_in_force(bank.host)
+    if not isinstance(route, Route) or route.is_mixed:
+        return None
+    return member_of(module, tuple((n, w) for n, w in route.mixes[0] if n in bank._modules))
+
+
 def fits(member: Member, x: Any) -> bool:
     """Whether the step can take `x` (rows and autocasting are the plain formula's business)."""
     return (
@@ -62,13 +78,16 @@ def fits(member: Member, x: Any) -> bool:
     )
 
 
-def share(members: Sequence[Member]) -> tuple[SharedInput, list[Tensor]]:
+def share(members: Sequence[Member]) -> tuple[SharedInput, list[Tensor]] | None:
     """Members that read the same input as one, and the factors of their pairs.
 
-    All pairs have the same dropout.
+    None where their dropouts differ.
     """
     pairs = [member.pair for member in members if member.pair is not None]
-    dropout = next((pair.dropout for pair in pairs if pair.training), 0.0)
+    dropouts = {pair.dropout if pair.training else 0.0 for pair in pairs}
+    if len(dropouts) > 1:
+        return None
+    dropout = next(iter(dropouts), 0.0)
     shared = SharedInput(
         weights=tuple(member.weight for member in members),
         biases=tuple(member.bias for member in members),

@@ -13,6 +13,7 @@ from typing import no_type_check
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._guards import active_fake_mode
 
 NUM_FLIPS = 1 << 22
 _SEED = 0x10AA
@@ -35,7 +36,7 @@ def kept(
 
     A non-zero entry is dropped with probability `dropout`, to 1 in 65,536.
     """
-    flips = _table(dropout, x.dtype, x.device, torch._guards.active_fake_mode())
+    flips = _table(dropout, x.dtype, x.device, active_fake_mode())
     mask = flips.unfold(0, x.shape[-1], 1).index_select(0, places)
     return mask.view(x.shape).mul_(x)
 

@@ -52,7 +52,10 @@ def project(
     factors: Sequence[Float[Tensor, "_ _"]],
     places: Places | None,
 ) -> list[Float[Tensor, "rows _"]]:
-    """Each layer's `W x + b + s B A (m * x)`. factors: `A, B` of each pair, in the layers' order."""
+    """Each layer's `W x + b + s B A (m * x)`.
+
+    factors: `A, B` of each pair, in the layers' order. places: of the mask m.
+    """
     outputs = [F.linear(x, w, b) for w, b in zip(shared.weights, shared.biases, strict=True)]
     if not factors:
         return outputs
@@ -72,7 +75,7 @@ def project_backward(
     *,
     wants_input: bool = True,
 ) -> tuple[Float[Tensor, "rows in"] | None, list[Float[Tensor, "_ _"]]]:
-    """The gradient of the input (None where unwanted), and of the factors in fp32 masters' dtype."""
+    """The gradient of the input (None where unwanted) and those of the factors, in their dtype."""
     grad_factors: list[Tensor] = []
     grad_x = None
     if factors:

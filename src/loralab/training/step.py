@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loralab.data import Encoded
+from loralab.fusion import fused, matching_blocks
 from loralab.training.attention import training_attention
 from loralab.training.forward import Forward, num_targets
 from loralab.training.methods import Trainable
@@ -36,6 +37,8 @@ class Stepper:
         self._optimiser = optimiser
         self._forward = forward
         self._unreached = set(trainable.parameters)
+        wanted = trainable.training.fuse_blocks and trainable.route is not None
+        self._fusible = matching_blocks(trainable.model) if wanted else []
 
     def step(self, step: int, rows: Sequence[Encoded], factor: float) -> Outcome:
         """Step number `step` on `rows`, with every learning rate times `factor`.
@@ -78,7 +81,8 @@ class Stepper:
 
     def _backward(self, piece: Sequence[Encoded], total: int) -> Tensor:
         # around backward too: activation checkpointing computes the forward again there
-        with training_attention(self._trainable.model, max(len(row.input_ids) for row in piece)):
+        width = max(len(row.input_ids) for row in piece)
+        with training_attention(self._trainable.model, width), fused(self._fusible):
             nll = self._forward(piece).nll_sum() / total
             nll.backward()
         return nll.detach().float()

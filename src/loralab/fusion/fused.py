@@ -1,0 +1,76 @@
+"""Training forwards in which the blocks that match run as one autograd function each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters import member_in_force
+from loralab.fusion.block import Block, BlockStep
+from loralab.fusion.pattern import Call, Matched, read_call
+from loralab.fusion.watching import own_modules
+
+
+@contextmanager
+def fused(matched: Sequence[Matched]) -> Iterator[None]:
+    """Inside, the matched blocks run fused wherever gradients are wanted.
+
+    A block runs as it is where the formula does not cover the call: several adapters or rows with
+    adapters of their own, DoRA, trained norms, hooks on its parts, arguments it does not know.
+    """
+    stood_in = [each for each in matched if "forward" not in vars(each.module)]
+    for each in stood_in:
+        each.module.forward = _stand_in(each, each.module.forward)
+    try:
+        yield
+    finally:
+        for each in stood_in:
+            del each.module.forward
+
+
+def _stand_in(matched: Matched, original: Callable[..., Any]) -> Callable[..., Any]:
+    inner = [module for module in own_modules(matched.module) if module is not matched.module]
+    hooked = any(_has_hooks(module) for module in inner)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = None if hooked or not torch.is_grad_enabled() else read_call(args, kwargs)
+        formula = None if call is None else _formula(matched, call)
+        if call is None or formula is None:
+            return original(*args, **kwargs)
+        block, factors = formula
+        return BlockStep.apply(call.x, block, call.angles, call.mask, *factors)
+
+    return forward
+
+
+def _formula(matched: Matched, call: Call) -> tuple[Block, list[Tensor]] | None:
+    """The block under the route in force and its factors; None where it must run as it is."""
+    groups = matched.parts.linears
+    members = [[m for module in group if (m := member_in_force(module))] for group in groups]
+    if [len(group) for group in members] != [len(group) for group in groups]:
+        return None
+    if _trains_norms(matched) or torch.is_autocast_enabled(call.x.device.type):
+        return None
+    formula = matched.block(members)
+    if formula is None or not any(t.requires_grad for t in (call.x, *formula[1])):
+        return None
+    return formula
+
+
+def _trains_norms(matched: Matched) -> bool:
+    norms = matched.parts.attention_norm, matched.parts.mlp_norm
+    return any(
+        hasattr(norm, "adapters") or any(p.requires_grad for p in norm.parameters())
+        for norm in norms
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

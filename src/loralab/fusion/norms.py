@@ -1,0 +1,93 @@
+"""Norms whose backward pass needs nothing but their input."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loralab.fusion.proof import agrees
+
+
+@runtime_checkable
+class Norm(Protocol):
+    """A norm of rows, forward and backward."""
+
+    def forward(
+        self, x: Float[Tensor, "rows width"]
+    ) -> tuple[Float[Tensor, "rows width"], Tensor | None]:
+        """The normed rows, and what `backward` needs beside `x`."""
+        ...
+
+    def backward(
+        self, g: Float[Tensor, "rows width"], x: Float[Tensor, "rows width"], kept: Tensor | None
+    ) -> Float[Tensor, "rows width"]:
+        """The gradient of `x` for the gradient `g` of the normed rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """`gain * x / sqrt(mean(x^2) + epsilon)`, the mean in fp32 (1910.07467)."""
+
+    gain: Float[Tensor, " width"]
+    epsilon: float
+
+    def forward(
+        self, x: Float[Tensor, "rows width"]
+    ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows 1"]]:
+        width = x.shape[-1]
+        power = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x)).square_()
+        inverse = power.div_(width).add_(self.epsilon).rsqrt_()
+        return (x.to(inverse.dtype) * inverse).to(x.dtype).mul_(self.gain), inverse
+
+    def backward(
+        self,
+        g: Float[Tensor, "rows width"],
+        x: Float[Tensor, "rows width"],
+        kept: Float[Tensor, "rows 1"] | None,
+    ) -> Float[Tensor, "rows width"]:
+        assert kept is not None
+        scaled = (g * self.gain).to(kept.dtype)
+        normed = x.to(kept.dtype) * kept
+        along = (scaled * normed).mean(-1, keepdim=True)
+        return scaled.addcmul_(normed, along, value=-1).mul_(kept).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class OtherNorm:
+    """Any other norm: its module runs again in the backward pass."""
+
+    module: nn.Module
+
+    def forward(self, x: Float[Tensor, "rows width"]) -> tuple[Float[Tensor, "rows width"], None]:
+        return self.module(x), None
+
+    def backward(
+        self, g: Float[Tensor, "rows width"], x: Float[Tensor, "rows width"], kept: Tensor | None
+    ) -> Float[Tensor, "rows width"]:
+        with torch.enable_grad():
+            again = x.detach().requires_grad_()
+            return torch.autograd.grad(self.module(again), again, g)[0]
+
+
+def norm_of(module: nn.Module, x: Float[Tensor, "rows width"]) -> Norm:
+    """The norm that `module` is, tried on the rows `x`."""
+    weight, epsilon = getattr(module, "weight", None), _epsilon(module)
+    if isinstance(weight, Tensor) and epsilon is not None:
+        wanted = module(x)
+        for gain in (weight.detach(), 1 + weight.detach()):
+            norm = RMSNorm(gain, epsilon)
+            if agrees(norm.forward(x)[0], wanted):
+                return norm
+    return OtherNorm(module)
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    named = (getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
+    return next((float(value) for value in named if isinstance(value, int | float)), None)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

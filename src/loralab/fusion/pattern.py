@@ -1,0 +1,176 @@
+"""Finding blocks that `block` has the formula of: by what they do in one forward, not by name.
+
+Which layers read the same tensor, and whose output that is, tells their roles. Whether the rest of
+the block (positions, masks, scalings, residuals) is the formula's is then tried: the fused forward
+must give what the block gave. A block that fails stays as it is.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.adapters import Member, base_member, share
+from loralab.errors import ModelError
+from loralab.fusion.attention import Mask
+from loralab.fusion.block import Angles, Block, block_forward
+from loralab.fusion.norms import Norm, norm_of
+from loralab.fusion.proof import agrees
+from loralab.fusion.watching import Leaf, Seen, evaluating, own_modules, watch
+from loralab.models import blocks
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a block by their roles in the formula.
+
+    linears: by the input they read, (queries, keys, values), (output,), (gate, up), (down,).
+    """
+
+    attention_norm: nn.Module
+    mlp_norm: nn.Module
+    activation: nn.Module
+    linears: tuple[tuple[nn.Module, ...], ...]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A block that the formula was found to hold for."""
+
+    module: nn.Module
+    parts: Parts
+    norms: tuple[Norm, Norm]
+
+    def block(self, members: Sequence[Sequence[Member]]) -> tuple[Block, list[Tensor]] | None:
+        """The formula with its linear layers as `members`, and the factors of their pairs.
+
+        None where layers that read the same input have different dropouts.
+        """
+        shared = [each for group in members if (each := share(group)) is not None]
+        if len(shared) < len(members):
+            return None
+        of_qkv, of_output, of_gate_up, of_down = (inputs for inputs, _ in shared)
+        block = Block(
+            attention_norm=self.norms[0],
+            queries_keys_values=of_qkv,
+            output=of_output,
+            mlp_norm=self.norms[1],
+            gate_up=of_gate_up,
+            down=of_down,
+            activation=self.parts.activation,
+        )
+        return block, [factor for _, factors in shared for factor in factors]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with, as far as the formula knows it."""
+
+    x: Tensor
+    angles: Angles
+    mask: Mask
+
+
+def matching_blocks(model: nn.Module) -> list[Matched]:
+    """The model's blocks for which the formula holds; none where the model has no such thing.
+
+    Costs two forwards of a few tokens.
+    """
+    try:
+        _, layers = blocks(model)
+    except ModelError:
+        return []
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        return []
+    with evaluating(model), torch.no_grad():
+        trials = watch(model, layers)
+        seen = {layer: [trial[layer] for trial in trials if layer in trial] for layer in layers}
+        found = [_match(layer, calls) for layer, calls in seen.items() if len(calls) == len(trials)]
+    return [match for match in found if match is not None]
+
+
+def read_call(args: Sequence[Any], kwargs: dict[str, Any]) -> Call | None:
+    """A block's arguments as a `Call`; None where there are others than the formula knows."""
+    x = args[0] if args else kwargs.get("hidden_states")
+    mask, angles = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+    if len(args) > 1 or kwargs.get("past_key_values") is not None:
+        return None
+    if not isinstance(x, Tensor) or x.ndim != 3 or not isinstance(angles, tuple):
+        return None
+    if len(angles) != 2 or not all(isinstance(a, Tensor) and a.ndim == 3 for a in angles):
+        return None
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
+        return None
+    return Call(x, Angles(*angles), mask)
+
+
+def _match(layer: nn.Module, seen: Sequence[Seen]) -> Matched | None:
+    parts = _roles(seen[0].leaves)
+    calls = [call for each in seen if (call := read_call(each.args, each.kwargs)) is not None]
+    if parts is None or len(calls) < len(seen) or _drops(layer):
+        return None
+    members = [[m for module in group if (m := base_member(module))] for group in parts.linears]
+    if not _fits_heads(members[0], calls[0].angles):
+        return None
+    rows = calls[0].x.flatten(0, 1)
+    norms = norm_of(parts.attention_norm, rows), norm_of(parts.mlp_norm, rows)
+    found = Matched(layer, parts, norms)
+    built = found.block(members)
+    if built is None:
+        return None
+    for call, each in zip(calls, seen, strict=True):
+        got, _ = block_forward(call.x, built[0], call.angles, call.mask, [])
+        if not isinstance(each.output, Tensor) or not agrees(got - call.x, each.output - call.x):
+            return None
+    return found
+
+
+def _roles(leaves: Sequence[Leaf]) -> Parts | None:
+    """Who is who, by which leaf reads whose output."""
+    linears = [leaf for leaf in leaves if base_member(leaf.module) is not None]
+    others = [leaf for leaf in leaves if base_member(leaf.module) is None]
+    groups: list[list[Leaf]] = []
+    for leaf in linears:
+        same = next((group for group in groups if group[0].read is leaf.read), None)
+        groups.append([leaf]) if same is None else same.append(leaf)
+    if [len(group) for group in groups] != [3, 1, 2, 1] or len(others) != 3:
+        return None
+    of_qkv, of_output, of_gate_up, of_down = groups
+    gate, activation = _fed(of_gate_up, others)
+    attention_norm, _ = _fed(others, of_qkv)
+    mlp_norm, _ = _fed(others, of_gate_up)
+    if gate is None or activation is None or attention_norm is None or mlp_norm is None:
+        return None
+    up = next(leaf for leaf in of_gate_up if leaf is not gate)
+    ordered = (of_qkv, of_output, (gate, up), of_down)
+    return Parts(
+        attention_norm=attention_norm.module,
+        mlp_norm=mlp_norm.module,
+        activation=activation.module,
+        linears=tuple(tuple(leaf.module for leaf in group) for group in ordered),
+    )
+
+
+def _fed(first: Sequence[Leaf], then: Sequence[Leaf]) -> tuple[Leaf, Leaf] | tuple[None, None]:
+    """A leaf of `first` and the one of `then` that reads its output."""
+    pairs = ((a, b) for a in first for b in then if b.read is a.gave)
+    return next(pairs, (None, None))
+
+
+def _fits_heads(members: Sequence[Member], angles: Angles) -> bool:
+    """Whether queries, keys and values are whole heads of the angles' size."""
+    q, k, v = (member.weight.shape[0] for member in members)
+    head_size = angles.cos.shape[-1]
+    return q % head_size == k % head_size == 0 and k == v and q % k == 0
+
+
+def _drops(layer: nn.Module) -> bool:
+    for module in own_modules(layer):
+        rates = [value for name, value in vars(module).items() if "dropout" in name]
+        rates += [module.p] if isinstance(module, nn.Dropout) else []
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
+            return True
+    return False

@@ -1,0 +1,104 @@
+"""The training step of linear layers: the plain formula, with little kept and masks drawn again."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loralab.adapters import LoRAConfig, SharedInput, adapter_parameters, attach, use
+from loralab.adapters.noise import draw_places, kept
+from loralab.adapters.step import low_rank_step
+
+
+def shared_and_factors(dropout: float = 0.0) -> tuple[SharedInput, list[torch.Tensor]]:
+    """Three layers on one input: ranks 2 and 5, and one without a pair."""
+    torch.manual_seed(0)
+    shared = SharedInput(
+        weights=tuple(torch.randn(out, 6).double() for out in (4, 7, 3)),
+        biases=(None, torch.randn(7).double(), None),
+        scales=(0.5, None, 2.0),
+        dropout=dropout,
+    )
+    shapes = [(2, 6), (4, 2), (5, 6), (3, 5)]
+    return shared, [torch.randn(shape).double().requires_grad_() for shape in shapes]
+
+
+def test_outputs_are_those_of_the_formula() -> None:
+    shared, (A1, B1, A2, B2) = shared_and_factors()
+    x = torch.randn(2, 3, 6).double()
+    deltas = 0.5 * B1 @ A1, torch.zeros(7, 6), 2.0 * B2 @ A2
+    for y, weight, bias, delta in zip(
+        low_rank_step(x, shared, [A1, B1, A2, B2]), shared.weights, shared.biases, deltas,
+        strict=True,
+    ):  # fmt: skip
+        wanted = nn.functional.linear(x, weight + delta, bias)
+        torch.testing.assert_close(y, wanted)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_are_right(dropout: float) -> None:
+    shared, factors = shared_and_factors(dropout)
+
+    def outputs(x: torch.Tensor, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(9)
+        return low_rank_step(x, shared, factors)
+
+    x = torch.randn(2, 3, 6).double().requires_grad_()
+    assert torch.autograd.gradcheck(outputs, (x, *factors))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(64, 32), lambda: Conv1D(32, 64)])
+def test_only_the_input_is_kept(make) -> None:
+    model = nn.Sequential(make())
+    attach(model, LoRAConfig(rank=4, alpha=8, dropout=0.1), name="a", seed=0)
+    kept_bytes: dict[int, int] = {}
+    parameters = {id(p) for p in model.parameters()}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in parameters:
+            kept_bytes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    x = torch.randn(10, 64, requires_grad=True)
+    with use(model, "a"), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model.train()(x)
+    assert sorted(kept_bytes.values()) == [8 * 10, 4 * 10 * 64]  # the masks' places, the input
+
+
+def test_expected_output_with_dropout_is_the_output_without() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    attach(model, LoRAConfig(rank=4, alpha=8, dropout=0.25), name="a", seed=0)
+    for parameter in adapter_parameters(model, "a").values():
+        nn.init.normal_(parameter)
+    x = torch.randn(1, 8).expand(20_000, 8)
+    with use(model, "a"), torch.no_grad():
+        mean = model.train()(x).mean(0)
+        spread = model(x).std(0) / 20_000**0.5
+        wanted = model.eval()(x[0])
+    assert (mean - wanted).abs().max() < 5 * spread.max()
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.5, 0.9])
+def test_masks_drop_the_wanted_share_independently(dropout: float) -> None:
+    ones = torch.ones(2000, 512)
+    torch.manual_seed(1)
+    masks = [kept(ones, draw_places(ones), dropout) for _ in range(2)]
+    share = 1 - dropout
+    for mask in masks:
+        assert set(mask.unique().tolist()) == {0.0, 1.0}
+        assert abs(mask.mean() - share) < 0.01
+        assert mask.mean(0).sub(share).abs().max() < 0.06  # no column is special
+    first, second = masks
+    for a, b in [(first, second), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1])]:
+        both = (a * b).mean()
+        assert abs(both - share**2) < 0.01
+
+
+def test_a_mask_comes_back_from_its_places() -> None:
+    x = torch.randn(5, 3, 16)
+    places = draw_places(x)
+    assert torch.equal(kept(x, places, 0.3), kept(x, places, 0.3))
+    for dtype, _ in itertools.product([torch.bfloat16, torch.float64], range(1)):
+        assert torch.equal(kept(x, places, 0.3) == 0, kept(x.to(dtype), places, 0.3) == 0)
