@@ -534,6 +534,35 @@ def inspect(
         console.text(f"\n{document['report']}")
 
 
+@app.command()
+@click.argument("sources", nargs=-1, required=True, metavar="RUN...|COMPARISON|RECIPE")
+@_common
+def lint(sources: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+    """Would this conclusion survive? Checks how the arms of an experiment were compared.
+
+    Takes run folders, a comparison's folder, a recipe, or the description (TOML) of an experiment
+    that was run elsewhere; docs/linting.md lists the rules and the description's keys.
+    Exits with 1 where there is a finding of level error: the conclusion does not follow.
+
+    \b
+    Examples:
+      loralab lint demo
+      loralab lint runs/demo
+      loralab lint runs/rank-8 runs/rank-16
+      loralab lint llama-imdb-two-arms
+    """
+    from loralab.runs.lint import finding_lines, lint_sources
+
+    console = _console(as_json, quiet)
+    document = lint_sources(sources)
+    if as_json:
+        console.data(document)
+    else:
+        console.text(finding_lines(document))
+    if document["counts"]["error"]:
+        raise SystemExit(1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     as_json = "--json" in (arguments if arguments is not None else _argv())
