@@ -70,6 +70,10 @@ class PlanError(LoralabError):
     """A plan that cannot be made: an unknown device, a step that cannot be traced, no room."""
 
 
+class UntraceableError(PlanError):
+    """A step whose memory cannot be traced, since what it does depends on computed numbers."""
+
+
 class TrainingError(LoralabError):
     """A training that ran and failed: a loss that is not a number, a gradient that never came."""
 

@@ -1,6 +1,6 @@
 """Metrics with their intervals, statistics of comparisons, probes, meters of memory and time."""
 
-from loralab.measuring.memory import live_bytes, peak_live_bytes
+from loralab.measuring.memory import Watched, live_bytes, peak_live_bytes, watch_peak
 from loralab.measuring.metrics import (
     Interval,
     classification_metrics,
@@ -30,6 +30,7 @@ __all__ = [
     "Interval",
     "McNemar",
     "PairedDifference",
+    "Watched",
     "ProbeCheck",
     "check_probes",
     "classification_metrics",
@@ -45,5 +46,6 @@ __all__ = [
     "paired_difference",
     "paired_difference_from_counts",
     "peak_live_bytes",
+    "watch_peak",
     "wilson",
 ]

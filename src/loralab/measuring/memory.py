@@ -2,7 +2,9 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,8 +38,34 @@ def peak_live_bytes(
             step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    changes = _allocations(lambda: [step() for _ in range(STEPS)])
+    with _recording() as changes:
+        for _ in range(STEPS):
+            step()
     return live_bytes() + _highest_sum(changes)
+
+
+@dataclass
+class Watched:
+    """`peak_bytes` of what ran inside `watch_peak`; None until it has ended."""
+
+    peak_bytes: int | None = None
+
+
+@contextmanager
+def watch_peak(device: torch.device) -> Iterator[Watched]:
+    """Measures the peak of what runs inside, as `peak_live_bytes` does; it runs once."""
+    watched = Watched()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield watched
+        torch.cuda.synchronize(device)
+        watched.peak_bytes = torch.cuda.max_memory_allocated(device)
+        return
+    held = live_bytes()
+    with _recording() as changes:
+        yield watched
+    watched.peak_bytes = held + _highest_sum(changes)
 
 
 def live_bytes() -> int:
@@ -55,13 +83,15 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def _allocations(work: Callable[[], object]) -> list[int]:
-    """Bytes of every allocation (above 0) and free (below 0) on the CPU, in order."""
+@contextmanager
+def _recording() -> Iterator[list[int]]:
+    """Bytes of every allocation (above 0) and free (below 0) on the CPU inside, in order."""
+    changes: list[int] = []
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it writes to stderr
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
-        work()
+        yield changes
     results = profiler.profiler
     assert results is not None
     assert results.kineto_results is not None
@@ -72,7 +102,7 @@ def _allocations(work: Callable[[], object]) -> list[int]:
         if record.name() == "[memory]" and record.device_type().name == "CPU"
     ]
     events.sort(key=lambda event: event[0])
-    return [num_bytes for _, num_bytes in events]
+    changes += [num_bytes for _, num_bytes in events]
 
 
 def _highest_sum(changes: list[int]) -> int:

@@ -35,9 +35,9 @@ class Peak:
     from the driver by then. parts add up to `allocated`.
     """
 
-    allocated: float
-    reserved: float
-    parts: Mapping[str, float]
+    allocated: float | int
+    reserved: float | int
+    parts: Mapping[str, float | int]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Accounts:
     """The peaks of all stretches in the order of time, and what the step computes."""
 
     peaks: Mapping[Stretch, Peak]
-    flops: float
-    num_ops: float
+    flops: float | int
+    num_ops: float | int
     curve: tuple[tuple[int, dict[str, int]], ...] = field(default=(), repr=False)
 
     @property
@@ -55,7 +55,7 @@ class Accounts:
         return max(self.peaks.items(), key=lambda item: item[1].allocated)
 
     @property
-    def reserved(self) -> float:
+    def reserved(self) -> float | int:
         """The most the allocator has taken from the driver."""
         return max(max(peak.reserved, peak.allocated) for peak in self.peaks.values())
 
@@ -141,9 +141,9 @@ def _stretch(moment: tuple[str, Place, str], runs: Mapping[int, tuple[int, int]]
 
 def _snapshots(
     timeline: Timeline, sizes: list[int], rounded: list[int], wanted: set[int]
-) -> dict[int, dict[str, float]]:
+) -> dict[int, dict[str, float | int]]:
     """Parts by kind after each of the events in `wanted`."""
-    parts: defaultdict[str, float] = defaultdict(float)
+    parts: defaultdict[str, float | int] = defaultdict(float)
     kinds = [kind_of(block) for block in timeline.blocks]
     found = {}
     for event, (index, sign) in enumerate(timeline.events()):

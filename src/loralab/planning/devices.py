@@ -39,7 +39,12 @@ class Device:
 
 
 def _gpu(
-    name: str, mib: int, capability: int, single: float, half: float, gb_per_second: float
+    name: str,
+    mib: int,
+    capability: int,
+    single: float | int,
+    half: float | int,
+    gb_per_second: float | int,
 ) -> Device:
     # 0.27 GiB of context on an A10, measured there (process total less allocated and cached);
     # larger chips load more kernels.

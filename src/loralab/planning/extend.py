@@ -7,6 +7,8 @@ from loralab.planning.blocks import Run
 
 TRACED_PERIODS = 2
 
+Bytes = float | int
+
 
 def extended(trace: Callable[[Sequence[Run]], Accounts], runs: Sequence[Run]) -> Accounts:
     """The accounts of the whole model from traces of models with few blocks.
@@ -48,13 +50,13 @@ def _plus(total: Accounts, more: Accounts, base: Accounts, times: int) -> Accoun
     )
 
 
-def _line(value: float, first: float, second: float, times: int) -> float:
+def _line(value: Bytes, first: Bytes, second: Bytes, times: int) -> Bytes:
     return value + times * (second - first)
 
 
 def _lines(
-    parts: Mapping[str, float], first: Mapping[str, float], second: Mapping[str, float], times: int
-) -> dict[str, float]:
+    parts: Mapping[str, Bytes], first: Mapping[str, Bytes], second: Mapping[str, Bytes], times: int
+) -> dict[str, Bytes]:
     kinds = dict.fromkeys((*parts, *first, *second))
     found = {
         kind: _line(parts.get(kind, 0), first.get(kind, 0), second.get(kind, 0), times)

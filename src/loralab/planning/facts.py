@@ -103,9 +103,9 @@ class CudaRules(Rules):
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
+        dropout_p: float | int = 0.0,
         is_causal: bool = False,
-        scale: float | None = None,
+        scale: float | int | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
         backend = choose_attention(
@@ -175,7 +175,7 @@ _DROPOUTS = {F.dropout, torch.dropout}
 
 
 def _dropout(
-    input: Tensor, p: float = 0.5, train: bool = True, inplace: bool = False, **kwargs: Any
+    input: Tensor, p: float | int = 0.5, train: bool = True, inplace: bool = False, **kwargs: Any
 ) -> Tensor:
     """CUDA's fused dropout keeps one byte a number; the CPU's keeps a mask of the input's dtype.
 

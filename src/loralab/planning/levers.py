@@ -32,7 +32,8 @@ def levers(planner: Planner, plan: Plan) -> list[Lever]:
     found = [*_by_settings(planner, plan), *_eight_bit_states(plan)]
     if plan.step == "peft":
         found += _own_step(planner, plan)
-    return sorted((l for l in found if l.saves_bytes > 0), key=lambda lever: -lever.saves_bytes)
+    helpful = [lever for lever in found if lever.saves_bytes > 0]
+    return sorted(helpful, key=lambda lever: -lever.saves_bytes)
 
 
 def _by_settings(planner: Planner, plan: Plan) -> Iterator[Lever]:

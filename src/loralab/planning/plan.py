@@ -1,12 +1,15 @@
 """The plan of a training step: what it needs, whether that fits, what would make it smaller."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loralab.config import RunConfig
+from loralab.data import Encoded
+from loralab.errors import UntraceableError
 from loralab.planning.accounts import Accounts, Stretch
 from loralab.planning.blocks import linear_layers
 from loralab.planning.devices import Device
+from loralab.planning.estimate import ESTIMATE_ERROR_BAR, estimate
 from loralab.planning.predict import predict
 from loralab.planning.steps import ModelSource, StepKind, Traceable, traceable
 
@@ -23,14 +26,14 @@ class Plan:
 
     peak_bytes is what `torch.cuda.max_memory_allocated` will say; the driver shows
     `reserved_bytes + context_bytes`. `error_bar` is relative. `estimated`: by formula, since the
-    step could not be traced.
+    step could not be traced; it says why.
     """
 
     config: RunConfig
     device: Device
     step: StepKind
     accounts: Accounts = field(repr=False)
-    error_bar: float = ERROR_BAR
+    error_bar: float | int = ERROR_BAR
     estimated: str = ""
 
     @property
@@ -85,11 +88,27 @@ class Planner:
     step: StepKind = "own"
     model: ModelSource | None = None
     _sources: dict[str, Traceable] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[str, tuple[int, ...]], Plan] = field(default_factory=dict, repr=False)
 
-    def plan(self, config: RunConfig) -> Plan:
-        """The plan of `config`'s training step. Raises any error of its settings."""
+    def plan(self, config: RunConfig, rows: Sequence[Encoded] = ()) -> Plan:
+        """The plan of `config`'s training step, on `rows` where they are known.
+
+        A step that cannot be traced gets an estimate, marked as such (`Plan.estimated`). Raises
+        any error of the settings.
+        """
+        key = (config.model_dump_json(), tuple(len(row.input_ids) for row in rows))
+        if key not in self._plans:
+            self._plans[key] = self._made(config, rows)
+        return self._plans[key]
+
+    def _made(self, config: RunConfig, rows: Sequence[Encoded]) -> Plan:
         source = self._source(config)
-        return Plan(config, self.device, self.step, predict(config, self.device, source=source))
+        try:
+            accounts = predict(config, self.device, source=source, rows=rows)
+        except UntraceableError as error:
+            accounts = estimate(config, source.model)
+            return Plan(config, self.device, self.step, accounts, ESTIMATE_ERROR_BAR, error.cause)
+        return Plan(config, self.device, self.step, accounts)
 
     def position_limit(self, config: RunConfig) -> int | None:
         """How many tokens a row of the model can have; None where it does not say."""
@@ -107,7 +126,7 @@ class Planner:
         return self._sources[key]
 
 
-def _whole_numbers(parts: Mapping[str, float], total: int) -> dict[str, int]:
+def _whole_numbers(parts: Mapping[str, float | int], total: int) -> dict[str, int]:
     """Parts rounded to bytes so that they still add up."""
     rounded = {kind: round(held) for kind, held in parts.items() if round(held) > 0}
     largest = max(rounded, key=lambda kind: rounded[kind])

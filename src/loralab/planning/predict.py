@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from loralab.config import RunConfig
+from loralab.data import Encoded
 from loralab.planning.accounts import Accounts, account
 from loralab.planning.blocks import Run, places_of, run_ends
 from loralab.planning.devices import Device
 from loralab.planning.extend import extended
 from loralab.planning.facts import rules_for
-from loralab.planning.steps import Traceable
+from loralab.planning.steps import Traceable, rows_for
 from loralab.planning.timeline import Timeline
 from loralab.planning.trace import Tracer, trace
 from loralab.training import planned_for
@@ -19,25 +20,35 @@ def predict(
     device: Device,
     *,
     source: Traceable,
+    rows: Sequence[Encoded] = (),
     whole: bool = False,
 ) -> Accounts:
     """The accounts of one training step of `config` on `device`.
 
     `source` is the step, made by `traceable` from settings that differ in batch and length at
-    most. Blocks that repeat are traced once and extended; `whole` traces every one.
+    most. `rows` are the step's; without any they are made up by batch and length. Blocks that
+    repeat are traced once and extended; `whole` traces every one.
 
     Raises `PlanError` for a step that cannot be traced.
     """
 
+    rows = rows or rows_for(config)
+
     def few(kept: Sequence[Run]) -> Accounts:
-        return account(timeline(config, device, source, kept), device, run_ends(kept))
+        return account(timeline(config, device, source, kept, rows), device, run_ends(kept))
 
     return few(source.runs) if whole else extended(few, source.runs)
 
 
-def timeline(config: RunConfig, device: Device, source: Traceable, runs: Sequence[Run]) -> Timeline:
+def timeline(
+    config: RunConfig,
+    device: Device,
+    source: Traceable,
+    runs: Sequence[Run],
+    rows: Sequence[Encoded],
+) -> Timeline:
     """What a step of the model with the kept blocks allocates and frees."""
     tracer = Tracer(rules_for(device))
     with planned_for(device.type):
-        ready = source.ready(tracer, runs, config)
+        ready = source.ready(tracer, runs, config, rows)
         return trace(tracer, ready.step, places_of(ready.model, runs), before=ready.before)

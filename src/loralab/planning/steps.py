@@ -5,9 +5,10 @@ import dataclasses
 import importlib.util
 import inspect
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,18 +30,22 @@ StepKind = Literal["own", "peft"]
 ModelSource = nn.Module | Callable[[], nn.Module]
 
 
-class Traceable(Protocol):
+class Traceable(ABC):
     """A model on the meta device, its runs of alike blocks, and the step that trains it.
 
     `ready` cuts the model down to the kept blocks, puts fake tensors in the place of its weights
-    and gives the step on rows of `config`, which may differ in batch and length alone from the
-    settings that the model was made for.
+    and gives the step on `rows`. `config` may differ in batch and length alone from the settings
+    that the model was made for.
     """
 
     model: nn.Module
     runs: list[Run]
 
-    def ready(self, tracer: Tracer, runs: Sequence[Run], config: RunConfig) -> "Ready": ...
+    @abstractmethod
+    def ready(
+        self, tracer: Tracer, runs: Sequence[Run], config: RunConfig, rows: Sequence[Encoded]
+    ) -> "Ready":
+        """The step of the cut model, to be run in the tracer's world."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def _nothing() -> None:
     """A step of this project makes its optimiser's state when it is built."""
 
 
-class OwnStep:
+class OwnStep(Traceable):
     """This project's own training step, from `training.repeatable_step`."""
 
     def __init__(self, trainable: Trainable) -> None:
@@ -81,7 +86,9 @@ class OwnStep:
         self.model = trainable.model
         self.runs = find_runs(self.model)
 
-    def ready(self, tracer: Tracer, runs: Sequence[Run], config: RunConfig) -> Ready:
+    def ready(
+        self, tracer: Tracer, runs: Sequence[Run], config: RunConfig, rows: Sequence[Encoded]
+    ) -> Ready:
         model, fakes = _faked(self.model, tracer, runs)
         whole = self._trainable
         groups = (
@@ -102,10 +109,10 @@ class OwnStep:
             tracer.label(adapter_parameters(model, cut.route).values(), "adapters")
         tracer.label(fakes.values(), "weights")
         with tracer.building():
-            return Ready(repeatable_step(cut, rows_for(config)), model, before=_nothing)
+            return Ready(repeatable_step(cut, rows), model, before=_nothing)
 
 
-class PlainStep:
+class PlainStep(Traceable):
     """The loop everybody writes: forward, backward, clip, AdamW, with PEFT where LoRA is wanted."""
 
     def __init__(self, config: RunConfig, model: nn.Module) -> None:
@@ -115,12 +122,14 @@ class PlainStep:
 
         self.runs = find_runs(self.model)
 
-    def ready(self, tracer: Tracer, runs: Sequence[Run], config: RunConfig) -> Ready:
+    def ready(
+        self, tracer: Tracer, runs: Sequence[Run], config: RunConfig, rows: Sequence[Encoded]
+    ) -> Ready:
         model, fakes = _faked(self.model, tracer, runs)
         if self._is_adapted:
             tracer.label((p for p in model.parameters() if p.requires_grad), "adapters")
         tracer.label(fakes.values(), "weights")
-        return _plain_step(config, model, torch.device("cpu"), keeps_cache=self._keeps_cache)
+        return _plain_step(config, model, rows, torch.device("cpu"), keeps_cache=self._keeps_cache)
 
 
 def real_step(config: RunConfig, kind: StepKind, device: torch.device) -> Step:
@@ -135,7 +144,7 @@ def real_step(config: RunConfig, kind: StepKind, device: torch.device) -> Step:
             return repeatable_step(trainable, rows_for(config))
     else:
         model = _peft_model(config, model)
-    ready = _plain_step(config, model, device, keeps_cache=keeps_cache)
+    ready = _plain_step(config, model, rows_for(config), device, keeps_cache=keeps_cache)
     ready.before()
     return ready.step
 
@@ -168,9 +177,14 @@ def _keeps_cache(model: nn.Module) -> bool:
 
 
 def _plain_step(
-    config: RunConfig, model: nn.Module, device: torch.device, *, keeps_cache: bool
+    config: RunConfig,
+    model: nn.Module,
+    rows: Sequence[Encoded],
+    device: torch.device,
+    *,
+    keeps_cache: bool,
 ) -> Ready:
-    training, rows = config.training, rows_for(config)
+    training = config.training
     more = {"use_cache": True} if keeps_cache else {}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
@@ -200,7 +214,7 @@ def _plain_step(
             ).loss
             (loss / len(batches)).backward()
             del loss
-        if training.max_grad_norm is not None:
+        if training.max_grad_norm:
             nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
         optimiser.step()
         optimiser.zero_grad()

@@ -26,7 +26,7 @@ from torch.optim import optimizer as optimizer_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from loralab.errors import PlanError
+from loralab.errors import LoralabError, UntraceableError
 from loralab.planning.facts import Rules
 from loralab.planning.timeline import Block, Place, Timeline
 
@@ -101,6 +101,11 @@ class Tracer(TorchDispatchMode):
             return nn.Parameter(made, requires_grad=tensor.requires_grad)
         return made
 
+    @property
+    def last_operator(self) -> str:
+        """The operator that ran last."""
+        return self._op or "nothing"
+
     def label(self, tensors: Iterable[Tensor | None], kind: str) -> None:
         """Give the storages of `tensors` a kind, unless they have one; unknown ones are added."""
         for tensor in tensors:
@@ -171,7 +176,8 @@ class Tracer(TorchDispatchMode):
             DataDependentOutputException,
             DynamicOutputShapeException,
         ) as error:
-            raise untraceable(str(error.func)) from error
+            why = "has a result whose size or value depends on numbers that nobody has computed"
+            raise untraceable(str(error.func), why) from error
 
     def _is_whole(self, func: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a tensor made from nothing holds small whole numbers."""
@@ -283,12 +289,11 @@ class Tracer(TorchDispatchMode):
         self._clock += 1
 
 
-def untraceable(operator: str) -> PlanError:
-    """The error of a step that asks for numbers which only exist when it is computed."""
-    return PlanError(
-        f"the step cannot be traced: {operator} has a result whose size or value depends on "
-        "numbers that only exist when it is computed",
-        "the plan falls back to an estimate; `loralab plan --verify` measures it.",
+def untraceable(operator: str, why: str) -> UntraceableError:
+    """The error of a step that cannot be followed without computing it."""
+    return UntraceableError(
+        f"the step cannot be traced: {operator} {why}",
+        "take the estimate for what it is, or measure with `loralab plan --verify`.",
     )
 
 
@@ -301,12 +306,18 @@ def trace(
 ) -> Timeline:
     """The timeline of `step` in the tracer's world, after `before`.
 
-    Raises `PlanError` that names the operator where the step cannot be traced.
+    Raises `UntraceableError` that names the operator where the step cannot be traced.
     """
     with tracer.world(places):
-        before()
-        tracer.begin()
-        step()
+        try:
+            before()
+            tracer.begin()
+            step()
+        except (LoralabError, MemoryError):
+            raise
+        except Exception as error:  # a model's own code may raise anything on tensors without data
+            why = f"was the last operator before {type(error).__name__}: {error}"
+            raise untraceable(tracer.last_operator, why) from error
     return tracer.timeline()
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class Verification:
     device: str
     predicted_bytes: int
     measured_bytes: int
-    step_seconds: float
+    step_seconds: float | int
 
     @property
     def error(self) -> float:
@@ -48,7 +49,7 @@ def verify(config: RunConfig, step: StepKind = "own", device: str = "auto") -> V
     return Verification(device=present.name, predicted_bytes=predicted.peak_bytes, **measured)
 
 
-def _in_fresh_process(config: RunConfig, step: StepKind, device: str) -> dict[str, float]:
+def _in_fresh_process(config: RunConfig, step: StepKind, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="loralab-verify-") as folder:
         recipe = Path(folder) / "config.toml"
         recipe.write_text(config.to_toml(), encoding="utf-8")
@@ -63,7 +64,7 @@ def _in_fresh_process(config: RunConfig, step: StepKind, device: str) -> dict[st
     return json.loads(ran.stdout)
 
 
-def measure_here(config: RunConfig, step: StepKind, device: str) -> dict[str, float]:
+def measure_here(config: RunConfig, step: StepKind, device: str) -> dict[str, Any]:
     """`measured_bytes` and `step_seconds` of the step in this process."""
     place = torch.device(device)
     run = real_step(config, step, place)

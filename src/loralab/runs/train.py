@@ -30,6 +30,7 @@ from loralab.runs.folder import (
     open_run,
     refuse_existing,
 )
+from loralab.runs.forecast import Forecast, forecast
 from loralab.runs.sinks import Sink, open_sinks, require_sinks
 from loralab.runs.workbench import Workbench, open_workbench
 from loralab.training import (
@@ -70,6 +71,8 @@ def train(
     refuse_existing(folder)
     require_sinks(config.training.sinks)
     bench = workbench or open_workbench(config, listen)
+    # a comparison measures each method by itself
+    plan = None if workbench else forecast(config, bench.rows["train"], listen)
     trainable = bench.trainable(config)
     trained, total = count_parameters(trainable.model)
     first_step = effective_step(trainable)
@@ -84,10 +87,11 @@ def train(
             "base_parameters": total - (trained if trainable.route else 0),
             "effective_step": first_step and first_step.to_dict(),
             "splits": list(splits),
+            **(plan.facts() if plan else {}),
         },
     )
     trainable.keep_start(_start_of(run))
-    return _carry_out(run, bench, trainable, listen)
+    return _carry_out(run, bench, trainable, listen, plan)
 
 
 def resume(
@@ -117,9 +121,15 @@ def _start_of(run: Run) -> Path:
     return run.folder / "checkpoints" / START_FILE
 
 
-def _carry_out(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> Run:
+def _carry_out(
+    run: Run,
+    bench: Workbench,
+    trainable: Trainable,
+    listen: Listener,
+    plan: Forecast | None = None,
+) -> Run:
     try:
-        return _train_and_evaluate(run, bench, trainable, listen)
+        return _train_and_evaluate(run, bench, trainable, listen, plan)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(
             f"interrupted; the state is saved in {run.folder}",
@@ -127,8 +137,10 @@ def _carry_out(run: Run, bench: Workbench, trainable: Trainable, listen: Listene
         ) from None
 
 
-def _train_and_evaluate(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> Run:
-    facts = _fit(run, bench, trainable, listen)
+def _train_and_evaluate(
+    run: Run, bench: Workbench, trainable: Trainable, listen: Listener, plan: Forecast | None
+) -> Run:
+    facts = _fit(run, bench, trainable, listen, plan)
     facts |= _save(run, bench, trainable)
     evaluations = {}
     for split in run.manifest["splits"]:
@@ -143,15 +155,16 @@ def _train_and_evaluate(run: Run, bench: Workbench, trainable: Trainable, listen
     return run
 
 
-def _fit(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> dict[str, Any]:
+def _fit(
+    run: Run, bench: Workbench, trainable: Trainable, listen: Listener, plan: Forecast | None
+) -> dict[str, Any]:
     """Train, telling the listener and the sinks; the facts that go into the manifest."""
     facts: dict[str, Any] = {}
     sinks: list[Sink] = []
     rows = bench.rows
+    events = fit(trainable, rows["train"], rows["validation"], run.folder, prefixes=bench.prefixes)
     try:
-        for event in fit(
-            trainable, rows["train"], rows["validation"], run.folder, prefixes=bench.prefixes
-        ):
+        for event in events if plan is None else plan.watching(events, listen):
             if isinstance(event, Started):
                 settings = run.config.model_dump()
                 sinks = open_sinks(run.config.training.sinks, run.folder, settings, step=event.step)
@@ -164,7 +177,7 @@ def _fit(run: Run, bench: Workbench, trainable: Trainable, listen: Listener) -> 
     finally:
         for sink in sinks:
             sink.close()
-    return facts
+    return facts if plan is None else facts | plan.facts()
 
 
 def _save(run: Run, bench: Workbench, trainable: Trainable) -> dict[str, Any]:
