@@ -81,6 +81,7 @@ def settings(tiny_model: Path, rows_csv: Path) -> Callable[..., RunConfig]:
                 "epochs": 2,
                 "threads": 1,
                 "device": "cpu",
+                "memory_plan": "off",
             },
             "compare": {
                 "learning_rates": {
