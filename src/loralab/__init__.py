@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loralab.runs.evaluate import evaluate
     from loralab.runs.folder import Run, open_run
     from loralab.runs.generate import generate
+    from loralab.runs.plan import plan
     from loralab.runs.train import train
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ _HOME = {
     "load_tokenizer": "models",
     "merge": "adapters",
     "open_run": "runs.folder",
+    "plan": "runs.plan",
     "save_adapter": "adapters",
     "targets": "adapters",
     "train": "runs.train",
@@ -68,6 +70,7 @@ __all__ = [  # noqa: RUF022  (the order of a first reading)
     "evaluate",
     "generate",
     "compare",
+    "plan",
     "open_run",
     "Run",
     "LoralabError",

@@ -69,7 +69,7 @@ def _plan_settings(recipe: str | None, overrides: tuple[str, ...], model: str | 
     if model is None:
         raise ConfigError(
             "no recipe and no model given",
-            "name a recipe (`loralab plan demo`), or a model (`loralab plan --model llama-3.2-1b`).",
+            "name a recipe (`loralab plan demo`), or a model (`--model llama-3.2-1b`).",
         )
     return config_without_rows((f'model.name="{model}"', *overrides))
 
@@ -313,6 +313,9 @@ def compare(
     show_default=True,
     help="Whose training step: loralab's own, or plain PEFT's.",
 )
+@click.option("--details", is_flag=True, help="Methods, longest rows, largest rank, serving too.")
+@click.option("--verify", is_flag=True, help="Run two real steps here, with random weights.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the picture (HTML) there.")
 @_common
 def plan(
     recipe: str | None,
@@ -320,6 +323,9 @@ def plan(
     model: str | None,
     device: str,
     step: Literal["own", "peft"],
+    details: bool,
+    verify: bool,
+    output: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -330,7 +336,7 @@ def plan(
 
     \b
     Examples:
-      loralab plan my.toml --device a10
+      loralab plan my.toml --device a10 --output plan.html
       loralab plan --model llama-3.1-70b --device h100 method.rank=16 training.batch_size=1
     """
     console = _console(as_json, quiet)
@@ -339,9 +345,26 @@ def plan(
     config = _plan_settings(recipe, overrides, model)
 
     from loralab.runs.plan import plan as make_plan
+    from loralab.runs.tables import plan_lines, plan_tables
 
-    document = make_plan(config, device=device, step=step, listen=console.listen)
-    console.data(document)
+    document = make_plan(
+        config,
+        device=device,
+        step=step,
+        details=details,
+        check=verify,
+        output=output,
+        listen=console.listen,
+    )
+    if as_json:
+        console.data(document)
+        return
+    console.text(plan_lines(document))
+    for table in plan_tables(document):
+        console.text("")
+        console.table(*table)
+    if output is not None:
+        console.text(f"\n{output}")
 
 
 @app.command(epilog=RECIPE_HELP)
@@ -561,6 +584,30 @@ def lint(sources: tuple[str, ...], as_json: bool, quiet: bool) -> None:
         console.text(finding_lines(document))
     if document["counts"]["error"]:
         raise SystemExit(1)
+
+
+@app.command()
+@click.argument("source", required=False, metavar="[ADAPTER|RUN]")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default="explain.html", show_default=True
+)
+@_common
+def explain(source: str | None, output: Path, as_json: bool, quiet: bool) -> None:
+    """Write a page that teaches low-rank adapters: one HTML file, no network.
+
+    \b
+    Examples:
+      loralab explain
+      loralab explain runs/rank-8 --output lora.html    with your own adapter's spectra
+    """
+    from loralab.runs.explain import explain as write_page
+
+    console = _console(as_json, quiet)
+    document = write_page(output, source, listen=console.listen)
+    if as_json:
+        console.data(document)
+    else:
+        console.text(document["page"])
 
 
 def main(arguments: list[str] | None = None) -> int:

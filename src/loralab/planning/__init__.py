@@ -1,10 +1,14 @@
 """Will it fit? One training step traced without weights -> memory timeline -> what fits."""
 
+from loralab.planning.curve import curve
 from loralab.planning.devices import DEVICES, Device, find_device
 from loralab.planning.levers import Lever, levers
 from loralab.planning.plan import Plan, Planner
-from loralab.planning.solve import largest
+from loralab.planning.serving import ServingPlan, plan_serving
+from loralab.planning.solve import Quantity, largest
+from loralab.planning.speed import Speed, speed_of, step_seconds
 from loralab.planning.steps import ModelSource, StepKind
+from loralab.planning.verify import Verification, verify
 
 __all__ = [
     "DEVICES",
@@ -13,8 +17,17 @@ __all__ = [
     "ModelSource",
     "Plan",
     "Planner",
+    "Quantity",
+    "ServingPlan",
+    "Speed",
     "StepKind",
+    "Verification",
+    "curve",
     "find_device",
     "largest",
     "levers",
+    "plan_serving",
+    "speed_of",
+    "step_seconds",
+    "verify",
 ]

@@ -2,12 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from loralab.planning.allocator import CachingAllocator
 from loralab.planning.devices import Device
 from loralab.planning.facts import cublas_workspace_bytes
-from loralab.planning.timeline import Place, Timeline, kind_of
+from loralab.planning.timeline import Timeline, kind_of
 
 ROUNDING = "allocator rounding"
 LIBRARIES = "cuBLAS workspaces"
@@ -17,7 +17,8 @@ LIBRARIES = "cuBLAS workspaces"
 class Stretch:
     """A part of the step that has the same name whatever the number of blocks.
 
-    block is "first", "middle" or "last" of its run of alike blocks, empty outside.
+    block is "first", "middle" or "last" of its run of alike blocks, empty outside; there `after`
+    is the block before, in the same words.
     """
 
     phase: str
@@ -25,6 +26,7 @@ class Stretch:
     block: str = ""
     op: str = ""
     kind: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Accounts:
     peaks: Mapping[Stretch, Peak]
     flops: float | int
     num_ops: float | int
-    curve: tuple[tuple[int, dict[str, int]], ...] = field(default=(), repr=False)
+    allocated_bytes: float | int  # all that the step allocates, one after the other
 
     @property
     def highest(self) -> tuple[Stretch, Peak]:
@@ -74,7 +76,7 @@ def account(timeline: Timeline, device: Device, runs: Mapping[int, tuple[int, in
     tops: dict[Stretch, int] = {}
     highest_reserved: dict[Stretch, int] = {}
     for index, stretch in enumerate(stretches):
-        if stretch is None:
+        if stretch is None or index >= len(allocated):
             continue
         if stretch not in tops or allocated[index] > allocated[tops[stretch]]:
             tops[stretch] = index
@@ -89,7 +91,8 @@ def account(timeline: Timeline, device: Device, runs: Mapping[int, tuple[int, in
         )
         for stretch, index in tops.items()
     }
-    return Accounts(peaks, timeline.flops, timeline.num_ops)
+    allocations = sum(b.num_bytes for b in timeline.blocks if b.born >= timeline.start)
+    return Accounts(peaks, timeline.flops, timeline.num_ops, allocations)
 
 
 def _replay(
@@ -120,23 +123,20 @@ def _replay(
 
 def _stretches(timeline: Timeline, runs: Mapping[int, tuple[int, int]]) -> list[Stretch | None]:
     """The stretch that each event falls into; None before the step that counts."""
-    found: list[Stretch | None] = []
-    moments = iter(timeline.moments_by_tick())
-    _, end, moment = next(moments, (0, 0, (0, "", Place(), "")))
-    for tick in range(timeline.end):
-        while tick >= end and (following := next(moments, None)) is not None:
-            _, end, moment = following
-        found.append(None if tick < timeline.start else _stretch(moment[1:], runs))
+    found: list[Stretch | None] = [None] * timeline.start
+    last = Stretch("")
+    for _, end, (_, phase, place, op) in timeline.moments_by_tick():
+        if place.block is not None and place.run in runs:
+            stretch = last = Stretch(phase, place.run, _side(place.block, *runs[place.run]))
+        else:
+            after = last.block if last.phase == phase else ""
+            stretch = Stretch(phase, op=op, kind=place.kind, after=after)
+        found += [stretch] * (end - len(found))
     return found
 
 
-def _stretch(moment: tuple[str, Place, str], runs: Mapping[int, tuple[int, int]]) -> Stretch:
-    phase, place, op = moment
-    if place.block is None or place.run not in runs:
-        return Stretch(phase, op=op, kind=place.kind)
-    first, last = runs[place.run]
-    side = "first" if place.block == first else "last" if place.block == last else "middle"
-    return Stretch(phase, place.run, side)
+def _side(block: int, first: int, last: int) -> str:
+    return "first" if block == first else "last" if block == last else "middle"
 
 
 def _snapshots(

@@ -47,6 +47,7 @@ def _plus(total: Accounts, more: Accounts, base: Accounts, times: int) -> Accoun
         peaks,
         _line(total.flops, base.flops, more.flops, times),
         _line(total.num_ops, base.num_ops, more.num_ops, times),
+        _line(total.allocated_bytes, base.allocated_bytes, more.allocated_bytes, times),
     )
 
 

@@ -64,7 +64,7 @@ class Plan:
     @property
     def parts(self) -> dict[str, int]:
         """Bytes at the peak by what they are held for, largest first; they add up to it."""
-        parts = _whole_numbers(self.accounts.highest[1].parts, self.peak_bytes)
+        parts = whole_numbers(self.accounts.highest[1].parts, self.peak_bytes)
         return dict(sorted(parts.items(), key=lambda item: -item[1]))
 
 
@@ -110,6 +110,10 @@ class Planner:
             return Plan(config, self.device, self.step, accounts, ESTIMATE_ERROR_BAR, error.cause)
         return Plan(config, self.device, self.step, accounts)
 
+    def num_trained(self, config: RunConfig) -> int:
+        """How many parameters the step trains."""
+        return self._source(config).num_trained
+
     def position_limit(self, config: RunConfig) -> int | None:
         """How many tokens a row of the model can have; None where it does not say."""
         settings = getattr(self._source(config).model, "config", None)
@@ -126,7 +130,7 @@ class Planner:
         return self._sources[key]
 
 
-def _whole_numbers(parts: Mapping[str, float | int], total: int) -> dict[str, int]:
+def whole_numbers(parts: Mapping[str, float | int], total: int) -> dict[str, int]:
     """Parts rounded to bytes so that they still add up."""
     rounded = {kind: round(held) for kind, held in parts.items() if round(held) > 0}
     largest = max(rounded, key=lambda kind: rounded[kind])

@@ -40,6 +40,7 @@ class Traceable(ABC):
 
     model: nn.Module
     runs: list[Run]
+    num_trained: int  # parameters
 
     @abstractmethod
     def ready(
@@ -85,6 +86,7 @@ class OwnStep(Traceable):
         self._trainable = trainable
         self.model = trainable.model
         self.runs = find_runs(self.model)
+        self.num_trained = trainable.num_trainable
 
     def ready(
         self, tracer: Tracer, runs: Sequence[Run], config: RunConfig, rows: Sequence[Encoded]
@@ -121,6 +123,7 @@ class PlainStep(Traceable):
         self.model = _peft_model(config, model) if self._is_adapted else _own(config, model).model
 
         self.runs = find_runs(self.model)
+        self.num_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def ready(
         self, tracer: Tracer, runs: Sequence[Run], config: RunConfig, rows: Sequence[Encoded]

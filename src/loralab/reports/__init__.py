@@ -10,11 +10,20 @@ from typing import Any
 
 from loralab.reports import formats
 from loralab.reports.comparison import comparison_page
+from loralab.reports.explain import write_explanation
 from loralab.reports.page import write_page
+from loralab.reports.plan import plan_page
 from loralab.reports.run import run_page
 from loralab.reports.xray import xray_page
 
-__all__ = ["formats", "write_comparison_report", "write_run_report", "write_xray_report"]
+__all__ = [
+    "formats",
+    "write_comparison_report",
+    "write_explanation",
+    "write_plan_report",
+    "write_run_report",
+    "write_xray_report",
+]
 
 
 def write_comparison_report(
@@ -60,3 +69,11 @@ def write_xray_report(document: Mapping[str, Any], path: str | Path) -> None:
     Raises `OutputError` where the file cannot be written.
     """
     write_page(xray_page(document), path)
+
+
+def write_plan_report(plan: Mapping[str, Any], path: str | Path) -> None:
+    """Write the page of a memory plan (what `loralab plan --json` prints) to `path`.
+
+    Raises `OutputError` where the file cannot be written.
+    """
+    write_page(plan_page(plan), path)

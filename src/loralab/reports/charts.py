@@ -222,6 +222,61 @@ def schedule_chart(
     )
 
 
+def memory_chart(
+    rows: Sequence[Mapping[str, Any]],
+    styles: Sequence[Swatch],
+    capacity: int | None,
+    description: str,
+) -> Spec:
+    """Bytes held over a step as stacked areas, a kind each, and the device's capacity as a line.
+
+    Rows have `at` (the order of time), `moment` (its name), `kind` and `bytes`; `styles` are the
+    kinds' in the order they are stacked from below.
+    """
+    x = {"field": "at", "type": "quantitative", "title": "the step, in the order of time"}
+    x |= {"axis": {"labels": False, "ticks": False, "grid": False}, "scale": {"nice": False}}
+    size = {"labelExpr": _COST_LABELS["bytes"], "tickCount": 5}
+    order = {swatch.label: index for index, swatch in enumerate(styles)}
+    stacked = [{**row, "order": order[row["kind"]]} for row in rows]
+    area = {
+        "name": "held",
+        "data": {"values": stacked},
+        "mark": {"type": "area", "opacity": 0.85, "line": False},
+        "encoding": {
+            "x": x,
+            "y": {"field": "bytes", "type": "quantitative", "stack": "zero", "axis": size},
+            "color": {
+                "field": "kind",
+                "type": "nominal",
+                "scale": _by_method(styles, "colour"),
+                "legend": None,
+            },
+            "order": {"field": "order", "type": "quantitative"},
+            "tooltip": [
+                {"field": "moment", "type": "nominal"},
+                {"field": "kind", "type": "nominal"},
+                {"field": "bytes", "type": "quantitative", "format": ","},
+            ],
+        },
+    }
+    line = {
+        "name": "capacity",
+        "data": {"values": [{"bytes": capacity}] if capacity else []},
+        "mark": {"type": "rule", "color": _INK, "strokeDash": [6, 4]},
+        "encoding": {"y": {"field": "bytes", "type": "quantitative", "title": None}},
+    }
+    highest = _highest_stack(rows)
+    near = capacity is not None and capacity < 3 * highest
+    return {**view(description, None), "layer": [area, line] if near else [area]}
+
+
+def _highest_stack(rows: Sequence[Mapping[str, Any]]) -> int:
+    sums: dict[int, int] = {}
+    for row in rows:
+        sums[row["at"]] = sums.get(row["at"], 0) + row["bytes"]
+    return max(sums.values(), default=0)
+
+
 def cost_chart(
     rows: Sequence[Mapping[str, Any]],
     styles: Sequence[Swatch],

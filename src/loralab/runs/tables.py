@@ -181,3 +181,84 @@ def _scaled(value: float | None, scale: int, digits: int) -> str:
 
 def _range(figure: dict[str, float]) -> str:
     return formats.span(formats.number(figure["low"], 4), formats.number(figure["high"], 4))
+
+
+def plan_tables(plan: dict[str, Any]) -> list[Table]:
+    """The step over time, the peak's parts, the levers, and the methods where they were asked."""
+    tables: list[Table] = [
+        (
+            ("stretch of the step", "highest"),
+            [(point["moment"], formats.data_size(point["bytes"])) for point in plan["timeline"]],
+        ),
+        (
+            (f"at the peak ({plan['phase']})", "bytes", "share"),
+            [
+                (kind, formats.data_size(held), formats.percent(held / plan["peak_bytes"]))
+                for kind, held in plan["parts"].items()
+            ],
+        ),
+        (
+            ("lever", "saves", "cost"),
+            [
+                (lever["name"], formats.data_size(lever["saves_bytes"]), lever["cost"])
+                for lever in plan["levers"]
+            ],
+        ),
+    ]
+    if "methods" in plan:
+        tables.append(_methods_table(plan["methods"]))
+    return [table for table in tables if table[1]]
+
+
+def _methods_table(rows: list[dict[str, Any]]) -> Table:
+    columns = ("method", "trained", "peak", "fits", "largest batch", "a step")
+    return columns, [
+        (
+            row["method"],
+            formats.count(row["trainable_parameters"]),
+            formats.data_size(row["peak_bytes"]),
+            "yes" if row["fits"] else "no",
+            str(row["max_batch_size"]),
+            formats.duration(row["seconds_per_step"]),
+        )
+        for row in rows
+    ]
+
+
+def plan_lines(plan: dict[str, Any]) -> str:
+    """A plan's answer in a few lines."""
+    fits = "fits" if plan["fits"] else "does not fit"
+    lines = [
+        f"{plan['model']}, {plan['method']}: {formats.data_size(plan['peak_bytes'])} "
+        f"± {formats.percent(plan['error_bar'], 0)} at the peak; {fits} {plan['device']} "
+        f"({formats.data_size(plan['usable_bytes'])} usable, "
+        f"{formats.data_size(plan['context_bytes'])} of it for the context)",
+        f"largest batch: {plan['max_batch_size']}",
+        f"a step: {formats.count(plan['flops_per_step'])} operations, "
+        f"{formats.duration(plan['seconds_per_step'])}",
+    ]
+    if "max_tokens" in plan:
+        rank = f"; largest rank: {plan['max_rank']}" if "max_rank" in plan else ""
+        lines.append(f"longest rows: {plan['max_tokens']} tokens{rank}")
+    if "serving" in plan:
+        lines.append(_serving_line(plan["serving"]))
+    if "verification" in plan:
+        check = plan["verification"]
+        lines.append(
+            f"checked on {check['device']}: predicted "
+            f"{formats.data_size(check['predicted_bytes'])}, measured "
+            f"{formats.data_size(check['measured_bytes'])} "
+            f"({formats.points(check['error'])} %)"
+        )
+    return "\n".join(lines)
+
+
+def _serving_line(serving: dict[str, Any]) -> str:
+    return (
+        f"serving {serving['num_adapters']} adapters: "
+        f"{formats.data_size(serving['separate_bytes'])} beside one base, "
+        f"{formats.data_size(serving['merged_bytes'])} merged; storage "
+        f"{formats.data_size(serving['storage_adapters_bytes'])} instead of "
+        f"{formats.data_size(serving['storage_models_bytes'])} "
+        f"({formats.percent(serving['storage_saved_share'])} less)"
+    )
