@@ -198,9 +198,11 @@ def random_block(dropout: float) -> tuple[Block, list[torch.Tensor]]:
     return block, [factor.mul_(0.3).requires_grad_() for factor in factors]
 
 
+@pytest.mark.parametrize("wanted", [None, [[2, 0], [1, 2]]], ids=["all", "some"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("tokens", [3, 130], ids=["short", "long"])
-def test_gradients_are_right(tokens: int, dropout: float) -> None:
+def test_gradients_are_right(tokens: int, dropout: float, wanted: Any) -> None:
+    wanted = None if wanted is None else torch.tensor(wanted)
     torch.manual_seed(0)
     block, factors = random_block(dropout)
     angle = torch.rand(1, tokens, 2).double().repeat(1, 1, 2)
@@ -208,7 +210,7 @@ def test_gradients_are_right(tokens: int, dropout: float) -> None:
 
     def output(x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(5)  # the same masks at every call
-        return BlockStep.apply(x, block, angles, None, *factors)
+        return BlockStep.apply(x, block, angles, None, wanted, *factors)
 
     x = torch.randn(2, tokens, 8).double().requires_grad_()
     assert torch.autograd.gradcheck(output, (x, *factors), fast_mode=True)
@@ -232,3 +234,17 @@ def test_no_block_stays_fused_afterwards() -> None:
     with fused(fusible), fused(fusible):
         assert all("forward" in vars(layer) for layer in model.model.layers)
     assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def test_the_last_block_may_compute_only_what_is_read() -> None:
+    model = adapted("llama")
+    fusible = matching_blocks(model)
+    read = torch.tensor([[8, 0, 1], [4, 2, 3], [8, 7, 6]])
+    found = []
+    for positions in (None, read):
+        with use(model, "a"), fused(fusible, positions):
+            logits = model(**batch(9)).logits.gather(1, read[..., None].expand(-1, -1, 60))
+        parameters = adapter_parameters(model, "a").values()
+        found.append([logits, *torch.autograd.grad(logits.square().sum(), list(parameters))])
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)

@@ -1,7 +1,7 @@
 """Dropout whose masks are never kept: a window into a fixed table of coin flips for each row.
 
 A generator's mask costs more time than the low-rank product it serves, and keeping it costs as much
-memory as the input. Here each row of the input gets a random place in a table of 4 million flips,
+memory as the input. Here each row of the input gets a random place in a table of a million flips,
 drawn from torch's generator; the row's mask is what follows that place. Eight bytes a row bring
 the mask back in the backward pass. Every entry is dropped with the wanted probability, and rows,
 layers and steps have places of their own.
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch._guards import active_fake_mode
 
-NUM_FLIPS = 1 << 22
+NUM_FLIPS = 1 << 20
 _SEED = 0x10AA
 
 Places = Int[Tensor, " rows"]

@@ -17,7 +17,7 @@ SHORT_ROW_TOKENS = 128
 
 Queries = Float[Tensor, "batch heads queries head_size"]
 Keys = Float[Tensor, "batch groups tokens head_size"]
-Mask = Bool[Tensor, "_ 1 queries tokens"] | Float[Tensor, "_ 1 queries tokens"] | None
+Mask = Bool[Tensor, "_ 1 _ tokens"] | Float[Tensor, "_ 1 _ tokens"] | None
 """True (or 0) where a query may look at a token; None: at itself and what is before it."""
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, no_type_check
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -22,8 +22,9 @@ from loralab.adapters import SharedInput, draw_mask, project, project_backward
 from loralab.fusion.attention import Attended, Mask, attend, attend_backward
 from loralab.fusion.norms import Norm
 
-Rows = Float[Tensor, "rows _"]
-Heads = Float[Tensor, "batch _ tokens head_size"]
+Rows = Float[Tensor, "_ _"]
+Heads = Float[Tensor, "batch _ _ head_size"]
+Positions = Int[Tensor, "batch wanted"]
 
 
 @dataclass(frozen=True)
@@ -89,21 +90,26 @@ def block_forward(
     angles: Angles,
     mask: Mask,
     factors: Sequence[Tensor],
+    wanted: Positions | None = None,
 ) -> tuple[Float[Tensor, "batch tokens width"], Kept]:
-    """The block's output, and what its backward pass needs."""
-    of_qkv, of_output, of_gate_up, of_down = block.split(factors)
-    rows = x.reshape(-1, x.shape[-1])
+    """The block's output, and what its backward pass needs.
 
-    n, _ = block.attention_norm.forward(rows)
+    With `wanted` positions only these are computed beyond keys and values; others are zero.
+    """
+    of_qkv, of_output, of_gate_up, of_down = block.split(factors)
+
+    n, _ = block.attention_norm.forward(_rows(x))
     qkv_places = draw_mask(n, block.queries_keys_values)
     q, k, v = (
         _heads(projected, x, angles)
         for projected in project(n, block.queries_keys_values, of_qkv, qkv_places)
     )
-    attended_heads, attended = attend(rotate(q, angles), rotate(k, angles), v.contiguous(), mask)
-    attention = _rows(attended_heads)
+    q, k, v = take(rotate(q, angles), wanted), rotate(k, angles), v.contiguous()
+    attended_heads, attended = attend(q, k, v, mask if wanted is None else _seen(mask, wanted, x))
+    attention = _rows_of_heads(attended_heads)
     output_places = draw_mask(attention, block.output)
-    h = project(attention, block.output, of_output, output_places)[0].add_(rows)
+    h = project(attention, block.output, of_output, output_places)[0]
+    h = h.add_(_rows(take(x, wanted)))
 
     m, _ = block.mlp_norm.forward(h)
     gate_up_places = draw_mask(m, block.gate_up)
@@ -114,7 +120,7 @@ def block_forward(
 
     places = (qkv_places, output_places, gate_up_places, down_places)
     kept = Kept(attended, attention, h, gate, up, places)
-    return y.view(x.shape), kept
+    return put(y.view(x.shape[0], -1, x.shape[-1]), wanted, x), kept
 
 
 def block_backward(
@@ -124,13 +130,14 @@ def block_backward(
     angles: Angles,
     factors: Sequence[Tensor],
     kept: Kept,
+    wanted: Positions | None = None,
     *,
     wants_input: bool,
 ) -> tuple[Float[Tensor, "batch tokens width"] | None, list[Tensor]]:
     """The gradients of `x` (None where unwanted) and of the factors."""
     of_qkv, of_output, of_gate_up, of_down = block.split(factors)
     qkv_places, output_places, gate_up_places, down_places = kept.places
-    rows, grad_y = x.reshape(-1, x.shape[-1]), g.reshape(-1, x.shape[-1])
+    grad_y = _rows(take(g, wanted))
 
     with torch.enable_grad():
         gate = kept.gate.detach().requires_grad_()
@@ -152,20 +159,21 @@ def block_backward(
     )
     assert grad_attention is not None
     grad_q, grad_k, grad_v = attend_backward(_heads(grad_attention, x, angles), kept.attended)
+    grad_q = put(grad_q, wanted, x)
     grad_qkv = [
-        _rows(rotate_back(grad_q, angles)),
-        _rows(rotate_back(grad_k, angles)),
-        _rows(grad_v),
+        _rows_of_heads(heads)
+        for heads in (rotate_back(grad_q, angles), rotate_back(grad_k, angles), grad_v)
     ]
-    n, scales_x = block.attention_norm.forward(rows)
+    n, scales_x = block.attention_norm.forward(_rows(x))
     grad_n, grad_factors = project_backward(
         grad_qkv, n, block.queries_keys_values, of_qkv, qkv_places, wants_input=wants_input
     )
     grad_factors = [*grad_factors, *grad_output, *grad_gate_up, *grad_down]
     if grad_n is None:
         return None, grad_factors
-    grad_x = block.attention_norm.backward(grad_n, rows, scales_x).add_(grad_h)
-    return grad_x.view(x.shape), grad_factors
+    grad_x = block.attention_norm.backward(grad_n, _rows(x), scales_x)
+    residual = put(grad_h.view(x.shape[0], -1, x.shape[-1]), wanted, x)
+    return grad_x.view(x.shape).add_(residual), grad_factors
 
 
 class BlockStep(torch.autograd.Function):
@@ -173,28 +181,60 @@ class BlockStep(torch.autograd.Function):
 
     @staticmethod
     @no_type_check
-    def forward(ctx: Any, x: Tensor, block: Block, angles: Angles, mask: Mask, *factors: Tensor):
-        y, kept = block_forward(x, block, angles, mask, factors)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        block: Block,
+        angles: Angles,
+        mask: Mask,
+        wanted: Positions | None,
+        *factors: Tensor,
+    ):
+        y, kept = block_forward(x, block, angles, mask, factors, wanted)
         ctx.block = block
-        ctx.save_for_backward(x, *angles, *kept.tensors(), *factors)
+        ctx.save_for_backward(x, *angles, wanted, *kept.tensors(), *factors)
         return y
 
     @staticmethod
     @once_differentiable
     @no_type_check
     def backward(ctx: Any, g: Tensor):
-        x, cos, sin, *saved = ctx.saved_tensors
-        kept = Kept.of(saved[: Kept.NUM_TENSORS])
+        x, cos, sin, wanted, *saved = ctx.saved_tensors
+        kept, factors = Kept.of(saved[: Kept.NUM_TENSORS]), saved[Kept.NUM_TENSORS :]
+        wants_input = ctx.needs_input_grad[0]
         grad_x, grad_factors = block_backward(
-            g,
-            x,
-            ctx.block,
-            Angles(cos, sin),
-            saved[Kept.NUM_TENSORS :],
-            kept,
-            wants_input=ctx.needs_input_grad[0],
+            g, x, ctx.block, Angles(cos, sin), factors, kept, wanted, wants_input=wants_input
         )
-        return grad_x, None, None, None, *grad_factors
+        return grad_x, None, None, None, None, *grad_factors
+
+
+def take(values: Tensor, wanted: Positions | None) -> Tensor:
+    """The wanted positions (the last dimension but one) of each row of the batch."""
+    if wanted is None:
+        return values
+    return values.gather(-2, _spread(wanted, values))
+
+
+def put(values: Tensor, wanted: Positions | None, like: Tensor) -> Tensor:
+    """The transpose of `take`: back to where they came from, zeros elsewhere."""
+    if wanted is None:
+        return values
+    whole = values.new_zeros(*values.shape[:-2], like.shape[1], values.shape[-1])
+    return whole.scatter_(-2, _spread(wanted, values), values)
+
+
+def _spread(wanted: Positions, values: Tensor) -> Tensor:
+    """Positions as indices of every number that stands there."""
+    shape = (wanted.shape[0], *(1 for _ in values.shape[1:-2]), wanted.shape[1], 1)
+    return wanted.view(shape).expand(*values.shape[:-2], wanted.shape[1], values.shape[-1])
+
+
+def _seen(mask: Mask, wanted: Positions, x: Tensor) -> Mask:
+    """The wanted queries' rows of the mask."""
+    num_tokens = x.shape[1]
+    if mask is None:
+        mask = x.new_ones(num_tokens, num_tokens, dtype=torch.bool).tril()[None, None]
+    return take(mask.expand(x.shape[0], -1, -1, -1), wanted)
 
 
 def rotate(heads: Heads, angles: Angles) -> Heads:
@@ -218,9 +258,14 @@ def rotate_back(g: Heads, angles: Angles) -> Heads:
 
 
 def _heads(rows: Rows, like: Tensor, angles: Angles) -> Heads:
-    batch, tokens = like.shape[:2]
-    return rows.view(batch, tokens, -1, angles.cos.shape[-1]).transpose(1, 2)
+    return rows.view(
+        like.shape[0], -1, rows.shape[1] // angles.cos.shape[-1], angles.cos.shape[-1]
+    ).transpose(1, 2)
 
 
-def _rows(heads: Heads) -> Rows:
-    return heads.transpose(1, 2).reshape(-1, heads.shape[1] * heads.shape[3])
+def _rows_of_heads(heads: Heads) -> Rows:
+    return _rows(heads.transpose(1, 2).flatten(2))
+
+
+def _rows(x: Float[Tensor, "batch _ _"]) -> Rows:
+    return x.reshape(-1, x.shape[-1])

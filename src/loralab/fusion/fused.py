@@ -8,21 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters import member_in_force
-from loralab.fusion.block import Block, BlockStep
+from loralab.fusion.block import Block, BlockStep, Positions
 from loralab.fusion.pattern import Call, Matched, read_call
 from loralab.fusion.watching import own_modules
 
 
 @contextmanager
-def fused(matched: Sequence[Matched]) -> Iterator[None]:
+def fused(matched: Sequence[Matched], read: Positions | None = None) -> Iterator[None]:
     """Inside, the matched blocks run fused wherever gradients are wanted.
+
+    read: the positions whose hidden states are read above the last block, where not all are; that
+    block computes no more than these, and gives zeros elsewhere.
 
     A block runs as it is where the formula does not cover the call: several adapters or rows with
     adapters of their own, DoRA, trained norms, hooks on its parts, arguments it does not know.
     """
     stood_in = [each for each in matched if "forward" not in vars(each.module)]
     for each in stood_in:
-        each.module.forward = _stand_in(each, each.module.forward)
+        wanted = read if each.is_last else None
+        each.module.forward = _stand_in(each, each.module.forward, wanted)
     try:
         yield
     finally:
@@ -30,7 +34,9 @@ def fused(matched: Sequence[Matched]) -> Iterator[None]:
             del each.module.forward
 
 
-def _stand_in(matched: Matched, original: Callable[..., Any]) -> Callable[..., Any]:
+def _stand_in(
+    matched: Matched, original: Callable[..., Any], wanted: Positions | None
+) -> Callable[..., Any]:
     inner = [module for module in own_modules(matched.module) if module is not matched.module]
     hooked = any(_has_hooks(module) for module in inner)
 
@@ -40,7 +46,7 @@ def _stand_in(matched: Matched, original: Callable[..., Any]) -> Callable[..., A
         if call is None or formula is None:
             return original(*args, **kwargs)
         block, factors = formula
-        return BlockStep.apply(call.x, block, call.angles, call.mask, *factors)
+        return BlockStep.apply(call.x, block, call.angles, call.mask, wanted, *factors)
 
     return forward
 

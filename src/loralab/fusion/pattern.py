@@ -7,7 +7,7 @@ must give what the block gave. A block that fails stays as it is.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Matched:
     module: nn.Module
     parts: Parts
     norms: tuple[Norm, Norm]
+    is_last: bool  # of the model's blocks, all of which match
 
     def block(self, members: Sequence[Sequence[Member]]) -> tuple[Block, list[Tensor]] | None:
         """The formula with its linear layers as `members`, and the factors of their pairs.
@@ -89,7 +90,10 @@ def matching_blocks(model: nn.Module) -> list[Matched]:
         trials = watch(model, layers)
         seen = {layer: [trial[layer] for trial in trials if layer in trial] for layer in layers}
         found = [_match(layer, calls) for layer, calls in seen.items() if len(calls) == len(trials)]
-    return [match for match in found if match is not None]
+    matched = [match for match in found if match is not None]
+    if len(matched) == len(layers):
+        matched[-1] = replace(matched[-1], is_last=True)
+    return matched
 
 
 def read_call(args: Sequence[Any], kwargs: dict[str, Any]) -> Call | None:
@@ -117,7 +121,7 @@ def _match(layer: nn.Module, seen: Sequence[Seen]) -> Matched | None:
         return None
     rows = calls[0].x.flatten(0, 1)
     norms = norm_of(parts.attention_norm, rows), norm_of(parts.mlp_norm, rows)
-    found = Matched(layer, parts, norms)
+    found = Matched(layer, parts, norms, is_last=False)
     built = found.block(members)
     if built is None:
         return None

@@ -1,7 +1,7 @@
 """Base models, their tokenizers and task heads; where their parts are; facts about sizes."""
 
 from loralab.models.checkpointing import enable_activation_checkpointing
-from loralab.models.classify import Pooling
+from loralab.models.classify import Pooling, reads_last_token
 from loralab.models.load import build_model, load_model
 from loralab.models.options import Dtype, Task
 from loralab.models.prefix import replaced_prefix, run_prefix
@@ -35,6 +35,7 @@ __all__ = [
     "model_folder",
     "num_parameters",
     "quiet",
+    "reads_last_token",
     "replaced_prefix",
     "run_prefix",
 ]

@@ -137,6 +137,11 @@ class MaskPooled(_Base):
         return head(pooled.unsqueeze(1))  # RoBERTa's kind of head takes the first of the tokens
 
 
+def reads_last_token(model: nn.Module) -> bool:
+    """Whether of the last block's output nothing is read but each row's last real token."""
+    return isinstance(model, MaskPooled) and model._pooling == "last"
+
+
 @cache
 def classifier_class(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass of the transformers class `plain` that pools by the attention mask.

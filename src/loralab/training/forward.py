@@ -21,6 +21,7 @@ from loralab.adapters import use
 from loralab.config import Task
 from loralab.data import Batch, Encoded
 from loralab.errors import ModelError
+from loralab.models import reads_last_token
 from loralab.training.batches import batch_for
 from loralab.training.prefix import PrefixCache
 
@@ -75,6 +76,20 @@ class Forward:
                 return self._of_rows(batch)
             return self._of_tokens(batch)
 
+    def read_positions(self, rows: Sequence[Encoded]) -> Int[Tensor, "rows read"] | None:
+        """Where hidden states are read above the last block; None for everywhere.
+
+        As many positions a row as the row with the most needs, so some that nobody reads.
+        """
+        if self.task == "classification" and not reads_last_token(self.model):
+            return None
+        needed = [_read_by_loss(row) for row in rows]
+        width = max(len(row.input_ids) for row in rows)
+        most = max(1, *map(len, needed))
+        others = ([at for at in range(width) if at not in own] for own in map(set, needed))
+        positions = [(own + rest)[:most] for own, rest in zip(needed, others, strict=True)]
+        return torch.tensor(positions, device=self._device)
+
     def _of_rows(self, batch: Batch) -> TargetLogits:
         logits = self._logits(batch)
         return TargetLogits(
@@ -103,6 +118,13 @@ class Forward:
 
     def _prefixed(self, rows: Sequence[Encoded]) -> AbstractContextManager[object]:
         return nullcontext() if self._prefix is None else self._prefix.in_place_of(self.model, rows)
+
+
+def _read_by_loss(row: Encoded) -> list[int]:
+    """The positions of a row whose hidden states its loss reads."""
+    if row.targets is None:
+        return [len(row.input_ids) - 1]
+    return [at for at, target in enumerate(row.targets[1:]) if target != IGNORED]
 
 
 def num_targets(row: Encoded) -> int:

@@ -82,7 +82,8 @@ class Stepper:
     def _backward(self, piece: Sequence[Encoded], total: int) -> Tensor:
         # around backward too: activation checkpointing computes the forward again there
         width = max(len(row.input_ids) for row in piece)
-        with training_attention(self._trainable.model, width), fused(self._fusible):
+        read = self._forward.read_positions(piece) if self._fusible else None
+        with training_attention(self._trainable.model, width), fused(self._fusible, read):
             nll = self._forward(piece).nll_sum() / total
             nll.backward()
         return nll.detach().float()
