@@ -30,17 +30,15 @@ class Seen:
 
 def watch(model: nn.Module, layers: nn.ModuleList) -> list[dict[nn.Module, Seen]]:
     """Two forwards of two rows of six tokens: all of them real, and with padding in the second."""
-    device = next(model.parameters()).device
-    full = torch.ones(2, 6, dtype=torch.long, device=device)
-    padded = full.clone()
+    padded = torch.ones(2, 6, dtype=torch.long, device=next(model.parameters()).device)
     padded[1, 4:] = 0
     with ExitStack() as stack:
         seen: dict[nn.Module, Seen] = {}
         for layer in layers:
             _watch_block(layer, seen, stack)
         trials = []
-        for mask in (full, padded):
-            _run(model, mask)
+        for mask in (None, padded):
+            run_few_tokens(model, mask)
             trials.append(dict(seen))
             seen.clear()
         return trials
@@ -65,13 +63,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _run(model: nn.Module, mask: Tensor) -> None:
+def run_few_tokens(model: nn.Module, mask: Tensor | None) -> Any:
+    """The model's output for two rows of six tokens."""
+    device = next(model.parameters()).device
+    mask = torch.ones(2, 6, dtype=torch.long, device=device) if mask is None else mask
     arguments: dict[str, Any] = {"attention_mask": mask}
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
     embedding = cast(Any, model).get_input_embeddings()
     ids = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
-    model(input_ids=ids % embedding.weight.shape[0], **arguments)
+    return model(input_ids=ids % embedding.weight.shape[0], **arguments)
 
 
 def _watch_block(layer: nn.Module, seen: dict[nn.Module, Seen], stack: ExitStack) -> None:

@@ -6,6 +6,7 @@ output layer: whatever the architecture does to its logits afterwards (scaling, 
 done to the gathered ones.
 """
 
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,7 @@ from loralab.adapters import use
 from loralab.config import Task
 from loralab.data import Batch, Encoded
 from loralab.errors import ModelError
+from loralab.fusion import HiddenStatesError, frozen_output_layer, stopped_at, token_nll_sum
 from loralab.models import reads_last_token
 from loralab.training.batches import batch_for
 from loralab.training.prefix import PrefixCache
@@ -76,6 +78,31 @@ class Forward:
                 return self._of_rows(batch)
             return self._of_tokens(batch)
 
+    def nll_sum(self, rows: Sequence[Encoded]) -> Float[Tensor, ""]:
+        """The negative log-likelihood of all targets of `rows`, for training.
+
+        Of a frozen output layer no logits are made.
+        """
+        layer = self._frozen_output
+        if layer is None:
+            return self(rows).nll_sum()
+        batch = batch_for(self.model, rows)
+        flat, targets, _ = self._targets(batch)
+        try:
+            with self._routed(), self._prefixed(rows), stopped_at(layer):
+                self._logits(batch)
+        except HiddenStatesError as reached:
+            hidden = reached.hidden.flatten(0, -2).index_select(0, flat)
+            return token_nll_sum(hidden, layer, targets)
+        raise ModelError(
+            f"{type(self.model).__name__} never calls its output layer",
+            "set model.task to 'classification', or choose a causal model.",
+        )
+
+    @functools.cached_property
+    def _frozen_output(self) -> nn.Linear | None:
+        return frozen_output_layer(self.model) if self.task == "causal" else None
+
     def read_positions(self, rows: Sequence[Encoded]) -> Int[Tensor, "rows read"] | None:
         """Where hidden states are read above the last block; None for everywhere.
 
@@ -97,14 +124,18 @@ class Forward:
         )
 
     def _of_tokens(self, batch: Batch) -> TargetLogits:
-        rows, positions = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        targets = batch.labels[rows, positions + 1].to(self._device)
-        flat = (rows * batch.input_ids.shape[1] + positions).to(self._device)
+        flat, targets, rows = self._targets(batch)
         with _gathered_before_output_layer(self.model, flat):
             logits = self._logits(batch)
         if logits.ndim == 3:  # the output layer was called on something else
             logits = logits.flatten(0, 1).index_select(0, flat)
         return TargetLogits(logits.float(), targets, rows)
+
+    def _targets(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every labelled token: its flat position, its label, and its row (on the CPU)."""
+        rows, positions = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        targets = batch.labels[rows, positions + 1].to(self._device)
+        return (rows * batch.input_ids.shape[1] + positions).to(self._device), targets, rows
 
     def _logits(self, batch: Batch) -> Tensor:
         return self.model(

@@ -84,7 +84,7 @@ class Stepper:
         width = max(len(row.input_ids) for row in piece)
         read = self._forward.read_positions(piece) if self._fusible else None
         with training_attention(self._trainable.model, width), fused(self._fusible, read):
-            nll = self._forward(piece).nll_sum() / total
+            nll = self._forward.nll_sum(piece) / total
             nll.backward()
         return nll.detach().float()
 
