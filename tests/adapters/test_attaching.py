@@ -346,3 +346,27 @@ def test_attaching_while_another_thread_runs_harms_nobody() -> None:
         detach(model, f"x{number}")
     thread.join()
     assert not wrong
+
+
+def test_a_sequence_may_be_trained_whole_and_a_list_may_not() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4))
+            self.ends = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 3)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert len(self.body) == 3 and self.body[-1].out_features == 4
+            return self.ends[0](self.body(x)) + self.ends[1](self.body[:2](x)[:, :4])[:, :2]
+
+    model, x = Net().eval(), torch.randn(2, 4)
+    before = model(x)
+    attach(model, LoRAConfig(rank=2, targets=[], whole_modules=["body"]))
+    with use(model, None):
+        assert torch.equal(model(x), before)
+    with use(model, "default"):
+        assert torch.equal(model(x), before)
+    with pytest.raises(
+        TargetError, match=r"'ends' is a ModuleList.*name its members: ends\.0, ends"
+    ):
+        attach(model, LoRAConfig(rank=2, targets=[], whole_modules=["ends"]), "b")

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from loralab.adapters import layers
+from loralab.adapters.frozen_norms import thaw_norms
 from loralab.adapters.hosting import adapted_modules, dismiss
 from loralab.adapters.installing import (
     Installer,
@@ -177,4 +178,5 @@ def detach(model: nn.Module, name: str) -> None:
             if parameter_name in host.thawed:
                 parameter.requires_grad_(True)
         remove_hooks(model)
+        thaw_norms(model)
         model.__dict__.pop("_loralab_host", None)

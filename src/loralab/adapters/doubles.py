@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from loralab.adapters.frozen_norms import plain_class
 from loralab.adapters.targets import ADAPTERS, walk
 
 
@@ -26,9 +27,7 @@ def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
 def double(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A shallow double, without adapters, that computes with these tensors."""
     made = copy.copy(module)
-    base = getattr(type(module), "base_class", None)
-    if base is not None:  # a hosting module: the double hosts nothing
-        made.__class__ = base
+    made.__class__ = plain_class(type(module))  # it hosts nothing, and trains what is its own
     tables: dict[str, dict[str, Any]] = {
         "_parameters": dict(module._parameters),
         "_buffers": dict(module._buffers),

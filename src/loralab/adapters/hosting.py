@@ -14,6 +14,12 @@ from torch import nn
 from loralab.adapters.compiled import follow_compiled, register
 from loralab.adapters.doubles import plain_copy, plain_tensors
 from loralab.adapters.following import follow
+from loralab.adapters.frozen_norms import (
+    FrozenStatistics,
+    frozen_class,
+    mode_of,
+    plain_class,
+)
 from loralab.adapters.items import Pair
 from loralab.adapters.packed import follow_packed
 from loralab.adapters.probes import Probe
@@ -108,21 +114,41 @@ class Adapted(nn.Module):
         return follow(self, bank, route, super().forward, args, kwargs)
 
     def _get_name(self) -> str:
-        return self.base_class.__name__
+        return plain_class(self.base_class).__name__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made on the fly, so copies and pickles make it again from the base class
-        return _rebuild, (self.base_class,), *super().__reduce_ex__(protocol)[2:]
+        made_from = plain_class(self.base_class), issubclass(self.base_class, FrozenStatistics)
+        return _rebuild, made_from, *super().__reduce_ex__(protocol)[2:]
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = _adapted_class(base)
+def _rebuild(base: type[nn.Module], frozen: bool) -> nn.Module:
+    cls = _adapted_class(frozen_class(base) if frozen else base)
     return cls.__new__(cls)
+
+
+class AdaptedSequential(Adapted):
+    """A hosting `nn.Sequential`: what it hosts is none of the members that it calls."""
+
+    def _members(self) -> list[Any]:
+        return [child for key, child in self._modules.items() if key != ADAPTERS]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._members())
+
+    def __len__(self) -> int:
+        return len(self._members())
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._members()[index]
+        return nn.Sequential(*found) if isinstance(index, slice) else found
 
 
 @functools.cache
 def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
-    return type(base.__name__, (Adapted, base), {"__module__": base.__module__, "base_class": base})
+    part = AdaptedSequential if issubclass(base, nn.Sequential) else Adapted
+    own = {"__module__": base.__module__, "base_class": base}
+    return cast(type[nn.Module], type(base.__name__, (part, base), own))
 
 
 def host_of(model: nn.Module) -> Host | None:
@@ -154,7 +180,7 @@ def welcome(module: nn.Module, host: Host, path: str) -> Bank:
             "leave that module out with `exclude`.",
         )
     bank = Bank(host, path)
-    bank.training = module.training
+    bank.training = mode_of(module)
     module._modules[ADAPTERS] = bank
     _become(module, _adapted_class(type(module)))
     return cast(Adapted, module).adapters
@@ -172,7 +198,7 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def _refuse_training_without_route(module: Adapted) -> None:
-    if not (module.training and torch.is_grad_enabled()):
+    if not (mode_of(module) and torch.is_grad_enabled()):
         return
     trainable = [
         name

@@ -10,6 +10,7 @@ from loralab.adapters.adapter import Layer
 from loralab.adapters.convolutions import layer_at
 from loralab.adapters.doubles import plain_copy
 from loralab.adapters.fingerprint import fingerprint
+from loralab.adapters.frozen_norms import freeze_norms, mode_of
 from loralab.adapters.hosting import Host, adapted_modules, host_of, welcome
 from loralab.adapters.items import Own, Pair, Rows
 from loralab.adapters.rows import probe_rows
@@ -19,7 +20,10 @@ from loralab.errors import AdapterError, nearest
 
 
 def open_host(model: nn.Module) -> Host:
-    """The model's host; made on first use, when the base is frozen and its fingerprint taken."""
+    """The model's host; made on first use, when the base is frozen and its fingerprint taken.
+
+    Frozen with its norms' running statistics (`frozen_norms`).
+    """
     host = host_of(model)
     if host is None:
         host = Host()
@@ -28,6 +32,7 @@ def open_host(model: nn.Module) -> Host:
             if parameter.requires_grad:
                 host.thawed.add(name)
                 parameter.requires_grad_(False)
+        freeze_norms(model)
     model.__dict__["_loralab_host"] = host
     if not any(hook is probe_rows for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(probe_rows, with_kwargs=True)
@@ -113,9 +118,9 @@ class Installer:
     def _put(self, path: str, item: nn.Module) -> None:
         module = self.modules[path]
         if item._modules:
-            item.train(module.training)
+            item.train(mode_of(module))
         else:
-            item.__dict__["training"] = module.training
+            item.__dict__["training"] = mode_of(module)
         parent_path, _, last = path.rpartition(".")
         parent = self.modules.get(parent_path)
         if last == "out_proj" and isinstance(parent, nn.MultiheadAttention):

@@ -22,6 +22,7 @@ from loralab.adapters.certificate import (
 )
 from loralab.adapters.effect import Effect, ProbeInput, batches_of, measure_effect, runner
 from loralab.adapters.extracting import collect
+from loralab.adapters.frozen_norms import thaw_norms
 from loralab.adapters.hosting import Adapted, Bank, Host, dismiss, host_of, plain_tensors
 from loralab.adapters.installing import remove_hooks
 from loralab.adapters.merging import (
@@ -223,6 +224,7 @@ def plain_twin(model: nn.Module) -> nn.Module:
     for module in list(twin.modules()):
         dismiss(module)
     remove_hooks(twin)
+    thaw_norms(twin)
     return twin
 
 

@@ -50,6 +50,7 @@ def select(model: nn.Module, config: LoRAConfig) -> tuple[list[str], list[str]]:
     modules = {name: module for name, module in walk(model) if name}
     faults: list[str] = []
     whole = _by_suffix(config.whole_modules, modules, "whole module", faults)
+    faults += [_never_called(name, modules[name]) for name in whole if _is_list(modules[name])]
     excluded = _by_suffix(config.exclude, modules, "exclusion", faults)
     chosen = [
         name
@@ -67,6 +68,16 @@ def select(model: nn.Module, config: LoRAConfig) -> tuple[list[str], list[str]]:
         )
     outermost = [name for name in whole if not any(_within(name, o) for o in whole if o != name)]
     return chosen, outermost
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def _never_called(name: str, module: nn.Module) -> str:
+    members = ", ".join(f"{name}.{key}" for key in list(module._modules)[:3])
+    kind = type(module).__name__
+    return f"whole module {name!r} is a {kind}, which is never called; name its members: {members}"
 
 
 def missing_targets(
