@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from loralab.errors import AdapterError, nearest
 from loralab.lowrank.algebra import linear
+from loralab.lowrank.dense import dense_svd
 from loralab.lowrank.factors import Factors, Number
 
 
@@ -92,11 +93,10 @@ def pissa(
 ) -> Start:
     """`B = U sqrt(S/s)`, `A = sqrt(S/s) V'` of the weight's top directions; they leave the base.
 
-    Meng et al. 2024 (2404.02948). A full SVD of the weight; `fast_pissa` is quicker.
+    Meng et al. 2024 (2404.02948). Exact; `fast_pissa` is randomised.
     """
     _check_rank("pissa", rank, weight)
-    U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
-    return _split(U[:, :rank], S[:rank], Vh[:rank], scale)
+    return _split(*_leading(weight, rank), scale)
 
 
 def fast_pissa(num_iterations: int = 16, oversampling: int = 8) -> Initialiser:
@@ -151,7 +151,7 @@ def lora_ga(gradient: Float[Tensor, "out in"], gamma: Number = 16.0) -> Initiali
                 "give the gradient of that weight.",
             )
         _check_rank("lora_ga", 2 * rank, weight)
-        U, _, Vh = torch.linalg.svd(gradient.float(), full_matrices=False)
+        U, _, Vh = _leading(gradient, 2 * rank)
         factor = weight.shape[0] ** 0.25 / math.sqrt(gamma)
         return _moving(A=factor * Vh[:rank], B=factor * U[:, rank : 2 * rank], scale=scale)
 
@@ -184,11 +184,12 @@ def input_spectrum(
     """
     rows = inputs.detach().float()
     stacked = rows if before is None else torch.cat([before.S[:, None] * before.Vh, rows])
-    _, S, Vh = torch.linalg.svd(stacked, full_matrices=False)
+    _, S, Vh = _leading(stacked, min(kept, *stacked.shape))
     norm = float(rows.double().square().sum())
+    seen = 1e-6 * S.max() < S  # what no input has is no direction
     return InputSpectrum(
-        S=S[:kept],
-        Vh=Vh[:kept],
+        S=S[seen],
+        Vh=Vh[seen],
         squared_norm=norm + (before.squared_norm if before else 0.0),
         num_rows=len(rows) + (before.num_rows if before else 0),
     )
@@ -257,6 +258,15 @@ def initialiser(name: str) -> Initialiser:
             "collect inputs (`eva`) or a gradient (`lora_ga`) first and pass the strategy itself.",
         )
     raise AdapterError(f"unknown initialiser {name!r}", nearest(name, INITIALISERS))
+
+
+def _leading(matrix: Float[Tensor, "out in"], num_directions: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, S, V') of the first directions, in fp32."""
+    if matrix.device.type == "cpu":
+        found = dense_svd(matrix.detach(), num_directions)
+        return found.U, found.S, found.Vh
+    U, S, Vh = torch.linalg.svd(matrix.detach().float(), full_matrices=False)
+    return U[:, :num_directions], S[:num_directions], Vh[:num_directions]
 
 
 def _split(

@@ -6,7 +6,6 @@ its checkpoints, since the bits of a gradient or an SVD may differ when they are
 
 import hashlib
 import inspect
-import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -83,8 +82,9 @@ def starts_from_data(
 ) -> tuple[Mapping[str, Initialiser], LoRAConfig]:
     """The initialisers by module that `method.init` makes from training rows, and the config.
 
-    The rows are chosen by the hash of their names and the seed, and run without padding and
-    dropout. EVA changes the ranks, unless `redistribute_ranks` is off or `rank_pattern` gives them.
+    The rows are chosen by the hash of their names and the seed, and run without dropout. EVA looks
+    at inputs, so its rows are cut to the shortest of their batch: padding is no input. It changes
+    the ranks, unless `redistribute_ranks` is off or `rank_pattern` gives them.
 
     Raises `ConfigError` without rows, `AdapterError` for targets that the method cannot start.
     """
@@ -94,7 +94,7 @@ def starts_from_data(
             "give training rows, or choose another method.init.",
         )
     chosen = sample(rows, method.init_rows, f"init {training.seed}")
-    looked_at = _Look(model, task, chosen, training)
+    looked_at = _Look(model, task, _batches(chosen, method.init, training.batch_size))
     was_training = model.training
     model.eval()
     try:
@@ -165,13 +165,10 @@ def _kept(A: Tensor, B: Tensor, moves: bool) -> Initialiser:
 
 
 class _Look:
-    """Batches of rows of one length each, so that no padding is looked at, and their loss."""
+    """The model's inputs batch by batch, and the loss of the batch that was given last."""
 
-    def __init__(
-        self, model: nn.Module, task: Task, rows: Sequence[Encoded], training: TrainingSection
-    ) -> None:
-        self._model, self._task = model, task
-        self._batches = list(_of_one_length(rows, training.batch_size))
+    def __init__(self, model: nn.Module, task: Task, batches: Sequence[Sequence[Encoded]]) -> None:
+        self._model, self._task, self._batches = model, task, batches
         self._fixed: dict[str, Any] = {}
         if "use_cache" in inspect.signature(model.forward).parameters:
             self._fixed["use_cache"] = False
@@ -196,11 +193,15 @@ class _Look:
         return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def _of_one_length(rows: Sequence[Encoded], batch_size: int) -> Iterator[list[Encoded]]:
-    def length(row: Encoded) -> int:
-        return len(row.input_ids)
+def _batches(rows: Sequence[Encoded], init: str, batch_size: int) -> list[list[Encoded]]:
+    """Rows of like length together; for EVA cut to the shortest, so that there is no padding."""
+    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    if init != "eva":
+        return batches
+    return [[_cut(row, len(batch[0].input_ids)) for row in batch] for batch in batches]
 
-    for _, group in itertools.groupby(sorted(rows, key=length), key=length):
-        members = list(group)
-        for first in range(0, len(members), batch_size):
-            yield members[first : first + batch_size]
+
+def _cut(row: Encoded, length: int) -> Encoded:
+    targets = None if row.targets is None else row.targets[:length]
+    return replace(row, input_ids=row.input_ids[:length], targets=targets)
