@@ -18,6 +18,11 @@ LARGE_SEGMENT = 20 * MIB
 SEGMENT_ROUNDING = 2 * MIB
 
 
+def rounded_size(num_bytes: int) -> int:
+    """A request as the allocator rounds it."""
+    return -(-num_bytes // ROUNDING) * ROUNDING
+
+
 @dataclass(eq=False, slots=True)
 class _Piece:
     """A stretch of a segment; neighbours are linked so that free ones merge."""
@@ -43,7 +48,7 @@ class CachingAllocator:
         """The piece for a request; None for one of zero bytes."""
         if not num_bytes:
             return None
-        size = -(-num_bytes // ROUNDING) * ROUNDING
+        size = rounded_size(num_bytes)
         piece = self._best_fit(size) or self._segment(size)
         self._split(piece, size)
         piece.is_free = False

@@ -1,6 +1,6 @@
 """Runs of alike blocks, and models cut down to a few of each: what repeats is traced once.
 
-A run of n alike blocks costs a constant plus n times the same, so a model with two and with three
+A run of n alike blocks costs a constant plus n times the same, so a model with three and with four
 of them tells the rest. Frozen and trained blocks are different runs.
 """
 
@@ -189,13 +189,3 @@ def _outside_kind(name: str) -> str:
     if "norm" in last or last.startswith("ln"):
         return "norms"
     return ""
-
-
-def run_ends(runs: Sequence[Run]) -> dict[int, tuple[int, int]]:
-    """First and last kept block of each run, counted in the kept model."""
-    ends: dict[int, tuple[int, int]] = {}
-    start = 0
-    for run in runs:
-        ends[run.number] = (start, start + run.kept - 1)
-        start += run.kept
-    return ends

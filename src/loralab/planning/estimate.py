@@ -33,9 +33,7 @@ def estimate(config: RunConfig, model: nn.Module) -> Accounts:
     parts = {kind: held for kind, held in parts.items() if held}
     total = sum(parts.values())
     flops = 6.0 * tokens * sum(p.numel() for p in parameters if p.ndim == 2)
-    return Accounts(
-        {Stretch("estimate", op="by formula"): Peak(total, total, parts)}, flops, 0, total
-    )
+    return Accounts({Stretch("estimate", op="by formula"): Peak(total, 0, parts)}, flops, 0, total)
 
 
 def _widths(model: nn.Module) -> Iterator[int]:

@@ -1,11 +1,11 @@
 """Few blocks -> many: every peak is a straight line in the number of blocks of a run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from loralab.planning.accounts import Accounts, Peak, Stretch
+from loralab.planning.accounts import ROUNDING, Accounts, Peak, Stretch
 from loralab.planning.blocks import Run
 
-TRACED_PERIODS = 2
+TRACED_PERIODS = 3
 
 Bytes = float | int
 
@@ -13,9 +13,8 @@ Bytes = float | int
 def extended(trace: Callable[[Sequence[Run]], Accounts], runs: Sequence[Run]) -> Accounts:
     """The accounts of the whole model from traces of models with few blocks.
 
-    `trace` gets the runs with the blocks to keep. A run of n is traced with two and with three
-    periods; the difference is what one more period adds to every stretch. Short runs are traced
-    whole.
+    `trace` gets the runs with the blocks to keep. A run of n is traced with three and with four
+    periods; the difference is what one more adds to every stretch. Short runs are traced whole.
     """
     few = [run.keeping(TRACED_PERIODS * run.period) for run in runs]
     cost = sum(run.kept for run in few) * (1 + sum(run.kept < run.length for run in few))
@@ -36,13 +35,8 @@ def _plus(total: Accounts, more: Accounts, base: Accounts, times: int) -> Accoun
     peaks: dict[Stretch, Peak] = {}
     for stretch, peak in total.peaks.items():
         first, second = base.peaks.get(stretch), more.peaks.get(stretch)
-        if first is None or second is None:
-            continue
-        peaks[stretch] = Peak(
-            _line(peak.allocated, first.allocated, second.allocated, times),
-            _line(peak.reserved, first.reserved, second.reserved, times),
-            _lines(peak.parts, first.parts, second.parts, times),
-        )
+        if first is not None and second is not None:
+            peaks[stretch] = _extended_peak(peak, first, second, times)
     return Accounts(
         peaks,
         _line(total.flops, base.flops, more.flops, times),
@@ -51,16 +45,19 @@ def _plus(total: Accounts, more: Accounts, base: Accounts, times: int) -> Accoun
     )
 
 
+def _extended_peak(peak: Peak, first: Peak, second: Peak, times: int) -> Peak:
+    """What the allocator leaves unsplit follows no line: it keeps its share."""
+    rounded = _line(peak.rounded, first.rounded, second.rounded, times)
+    unsplit = peak.unsplit / peak.rounded * rounded if peak.rounded else 0
+    parts = {
+        kind: _line(peak.parts.get(kind, 0), first.parts.get(kind, 0), held, times)
+        for kind, held in second.parts.items()
+        if kind != ROUNDING
+    }
+    parts = {kind: held for kind, held in parts.items() if held > 0}
+    parts[ROUNDING] = max(0, rounded + unsplit - sum(parts.values()))
+    return Peak(rounded, unsplit, parts)
+
+
 def _line(value: Bytes, first: Bytes, second: Bytes, times: int) -> Bytes:
     return value + times * (second - first)
-
-
-def _lines(
-    parts: Mapping[str, Bytes], first: Mapping[str, Bytes], second: Mapping[str, Bytes], times: int
-) -> dict[str, Bytes]:
-    kinds = dict.fromkeys((*parts, *first, *second))
-    found = {
-        kind: _line(parts.get(kind, 0), first.get(kind, 0), second.get(kind, 0), times)
-        for kind in kinds
-    }
-    return {kind: held for kind, held in found.items() if held > 0}

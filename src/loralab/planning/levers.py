@@ -29,6 +29,9 @@ def levers(planner: Planner, plan: Plan) -> list[Lever]:
     """Every lever that saves anything, largest first. Each is a plan of its own, not a formula,
     but for 8-bit states, which take a quarter of the bytes.
     """
+    plan = planner.plan(plan.config, quick=True)  # like is compared with like
+    if plan.estimated:
+        return []
     found = [*_by_settings(planner, plan), *_eight_bit_states(plan)]
     if plan.step == "peft":
         found += _own_step(planner, plan)
@@ -39,7 +42,7 @@ def levers(planner: Planner, plan: Plan) -> list[Lever]:
 def _by_settings(planner: Planner, plan: Plan) -> Iterator[Lever]:
     for name, changes, cost in _changes(plan.config, planner.attention_layers(plan.config)):
         try:
-            changed = planner.plan(plan.config.replace(**changes))
+            changed = planner.plan(plan.config.replace(**changes), quick=True)
         except LoralabError:  # a model that cannot do it has no such lever
             continue
         settings = tuple(f"{k.replace('__', '.')}={_toml(v)}" for k, v in changes.items())
@@ -106,7 +109,7 @@ def _eight_bit_states(plan: Plan) -> Iterator[Lever]:
 
 
 def _own_step(planner: Planner, plan: Plan) -> list[Lever]:
-    own = Planner(planner.device, "own", planner.model).plan(plan.config)
+    own = Planner(planner.device, "own", planner.model).plan(plan.config, quick=True)
     saved = plan.peak_bytes - own.peak_bytes
     return [Lever("loralab's own step", saved, "none: the same mathematics, less kept")]
 

@@ -20,6 +20,10 @@ SAFETY_MARGIN = 0.01
 """Of the capacity, kept free on top of the error bar: fragments that the allocator cannot use."""
 
 
+WHOLE_BLOCKS = 36
+"""Models of so many blocks are traced whole in a few seconds."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What one training step needs on a device.
@@ -70,11 +74,18 @@ class Plan:
 
 def phase_name(stretch: Stretch) -> str:
     """A stretch of the step in words: "backward, last block"."""
-    if stretch.block:
-        return f"{stretch.phase}, {stretch.block} block"
+    if stretch.block is not None:
+        return f"{stretch.phase}, {block_name(stretch.block)}"
     if stretch.phase in ("optimiser", "after backward"):
         return f"{stretch.phase} ({stretch.op.partition('.')[0]})"
     return f"{stretch.phase}, {stretch.kind or 'outside of the model'}"
+
+
+def block_name(block: int) -> str:
+    """A block of a run in words."""
+    if block in (0, -1):
+        return "last block" if block else "first block"
+    return f"block {-block} from the last" if block < 0 else f"block {block + 1}"
 
 
 @dataclass(frozen=True)
@@ -88,23 +99,28 @@ class Planner:
     step: StepKind = "own"
     model: ModelSource | None = None
     _sources: dict[str, Traceable] = field(default_factory=dict, repr=False)
-    _plans: dict[tuple[str, tuple[int, ...]], Plan] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[str, tuple[int, ...], bool], Plan] = field(default_factory=dict, repr=False)
 
-    def plan(self, config: RunConfig, rows: Sequence[Encoded] = ()) -> Plan:
+    def plan(self, config: RunConfig, rows: Sequence[Encoded] = (), *, quick: bool = False) -> Plan:
         """The plan of `config`'s training step, on `rows` where they are known.
+
+        Every block is traced where the allocator's leftovers matter (CUDA, models of up to
+        `WHOLE_BLOCKS` blocks); else, and where `quick`, a few, and the rest follows from them.
 
         A step that cannot be traced gets an estimate, marked as such (`Plan.estimated`). Raises
         any error of the settings.
         """
-        key = (config.model_dump_json(), tuple(len(row.input_ids) for row in rows))
+        key = (config.model_dump_json(), tuple(len(row.input_ids) for row in rows), quick)
         if key not in self._plans:
-            self._plans[key] = self._made(config, rows)
+            self._plans[key] = self._made(config, rows, quick)
         return self._plans[key]
 
-    def _made(self, config: RunConfig, rows: Sequence[Encoded]) -> Plan:
+    def _made(self, config: RunConfig, rows: Sequence[Encoded], quick: bool) -> Plan:
         source = self._source(config)
+        num_blocks = sum(run.length for run in source.runs)
+        whole = self.device.type == "cuda" and num_blocks <= WHOLE_BLOCKS and not quick
         try:
-            accounts = predict(config, self.device, source=source, rows=rows)
+            accounts = predict(config, self.device, source=source, rows=rows, whole=whole)
         except UntraceableError as error:
             accounts = estimate(config, source.model)
             return Plan(config, self.device, self.step, accounts, ESTIMATE_ERROR_BAR, error.cause)

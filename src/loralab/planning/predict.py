@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from loralab.config import RunConfig
 from loralab.data import Encoded
 from loralab.planning.accounts import Accounts, account
-from loralab.planning.blocks import Run, places_of, run_ends
+from loralab.planning.blocks import Run, places_of
 from loralab.planning.devices import Device
 from loralab.planning.extend import extended
 from loralab.planning.facts import rules_for
@@ -35,7 +35,7 @@ def predict(
     rows = rows or rows_for(config)
 
     def few(kept: Sequence[Run]) -> Accounts:
-        return account(timeline(config, device, source, kept, rows), device, run_ends(kept))
+        return account(timeline(config, device, source, kept, rows), device, kept)
 
     return few(source.runs) if whole else extended(few, source.runs)
 

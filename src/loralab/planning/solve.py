@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Literal
 
 from loralab.config import RunConfig
-from loralab.errors import ConfigError
 from loralab.planning.plan import Plan, Planner
 
 Quantity = Literal["batch_size", "max_tokens", "rank"]
@@ -28,7 +27,7 @@ def largest(planner: Planner, config: RunConfig, quantity: Quantity) -> int:
         limit = min(limit, _longest(planner, config))
 
     def plan(value: int) -> Plan:
-        return planner.plan(config.replace(**{SETTINGS[quantity]: value}))
+        return planner.plan(config.replace(**{SETTINGS[quantity]: value}), quick=True)
 
     return _largest(plan, limit, start=_present(config, quantity))
 
@@ -76,12 +75,3 @@ def _present(config: RunConfig, quantity: Quantity) -> int:
 def _longest(planner: Planner, config: RunConfig) -> int:
     """How many tokens the model itself can take."""
     return planner.position_limit(config) or MOST["max_tokens"]
-
-
-def check_quantity(name: str, config: RunConfig) -> None:
-    """Raise `ConfigError` where `name` cannot be solved for."""
-    if name == "rank" and config.method.kind != "lora":
-        raise ConfigError(
-            f"method.kind is {config.method.kind}, which has no rank",
-            "set method.kind = 'lora', or solve for batch_size or max_tokens.",
-        )

@@ -24,6 +24,7 @@ from loralab.planning import (
     verify,
 )
 from loralab.reports import write_plan_report
+from loralab.runs.workbench import settle_dtype
 
 METHODS: tuple[MethodKind, ...] = ("lora", "frozen", "full", "head")
 
@@ -49,7 +50,13 @@ def plan(
 
     Raises `PlanError` and any other `LoralabError` of the settings.
     """
-    planner = Planner(find_device(device), step, model)
+    planned_for = find_device(device)
+    if config.model.dtype == "auto":
+        is_here = planned_for.name.partition(":")[0] in ("cpu", "cuda")
+        config = (
+            settle_dtype(config, listen) if is_here else config.replace(model__dtype="bfloat16")
+        )
+    planner = Planner(planned_for, step, model)
     listen(Phase("tracing a step"))
     made = planner.plan(config)
     if made.estimated:
@@ -86,7 +93,7 @@ def _document(planner: Planner, made: Plan, listen: Listener) -> dict[str, Any]:
         "capacity_bytes": device.capacity_bytes,
         "context_bytes": device.context_bytes,
         "usable_bytes": made.usable_bytes,
-        "reserved_bytes": round(made.accounts.reserved),
+        "reserved_bytes": made.accounts.reserved,
         "fits": made.fits,
         "levers": pulled,
         "max_batch_size": biggest,
@@ -116,7 +123,7 @@ def _methods(planner: Planner, config: RunConfig) -> list[dict[str, Any]]:
     for kind in METHODS:
         settings = config.replace(method__kind=kind)
         try:
-            made = planner.plan(settings)
+            made = planner.plan(settings, quick=True)
         except LoralabError:  # a causal model has no head to train alone
             continue
         speed = speed_of(made.device, config.model.dtype)
