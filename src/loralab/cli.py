@@ -425,6 +425,7 @@ def doctor(
 @click.option("--base", help="The base's folder, where SOURCE is an adapter and no run.")
 @click.option("--limit", type=click.FloatRange(0, 1), help="Share of the effect that may be lost.")
 @click.option("--force", is_flag=True, help="Merge even above the limit.")
+@click.option("--measure", is_flag=True, help="Load --base whole, to measure on stored probes.")
 @_common
 def merge(
     source: Path,
@@ -432,6 +433,7 @@ def merge(
     base: str | None,
     limit: float | None,
     force: bool,
+    measure: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -447,7 +449,13 @@ def merge(
 
     console = _console(as_json, quiet)
     certificate = merge_source(
-        source, output, base=base, limit=limit, force=force, listen=console.listen
+        source,
+        output,
+        base=base,
+        limit=limit,
+        force=force,
+        measure=measure,
+        listen=console.listen,
     )
     if as_json:
         console.data({"model": str(output), **certificate})

@@ -1,6 +1,7 @@
 """Every setting of an adapter through a whole run: it is in force, saved, loaded, resumed."""
 
 import json
+import re
 
 import peft
 import pytest
@@ -9,10 +10,12 @@ from safetensors.torch import load_file, save_file
 
 import loralab
 from loralab.adapters import read_adapter
-from loralab.errors import Interrupted, ResumeError, TargetError
+from loralab.config import load_config
+from loralab.errors import AdapterError, ConfigError, Interrupted, ResumeError, TargetError
 from loralab.events import Progress
 from loralab.runs.evaluate import trained_model
 from loralab.runs.folder import open_run
+from loralab.runs.init import write_recipe
 from loralab.runs.train import resume, train
 from loralab.runs.workbench import base_model
 from loralab.training import starting
@@ -250,11 +253,30 @@ def test_a_run_is_merged_on_the_probes_it_was_saved_with(trained, tmp_path, monk
     assert certificate["logit_kl"] < 1e-6
 
 
-def test_an_adapter_on_another_base_is_found_by_its_probes(trained, tmp_path):
-    from loralab.errors import AdapterError
+def test_an_adapter_folder_is_measured_on_its_probes_where_asked(trained, tiny_model, tmp_path):
+    from loralab.runs.merge import merge
 
+    run = trained(model__pooling="native")
+    certificate = merge(run.artifact, tmp_path / "m", base=str(tiny_model), measure=True)
+    assert certificate["num_positions"] == 16
+    assert certificate["effect_kept"] > 0.99
+    (run.artifact / "probes.json").unlink()
+    with pytest.raises(ConfigError, match="holds no probes"):
+        merge(run.artifact, tmp_path / "n", base=str(tiny_model), measure=True)
+
+
+def test_an_adapter_on_another_base_is_found_by_its_probes(trained, tmp_path):
     run = trained(model__pooling="mean")
     text = (run.folder / "config.toml").read_text()
     (run.folder / "config.toml").write_text(text.replace('"mean"', '"last"'))
     with pytest.raises(AdapterError, match="nats away from what it said"):
         trained_model(open_run(run.folder))
+
+
+def test_every_setting_that_a_written_recipe_mentions_exists(tmp_path):
+    write_recipe(tmp_path / "r.toml", model="minilm", data="tweets")
+    text = (tmp_path / "r.toml").read_text()
+    (tmp_path / "all.toml").write_text(re.sub(r"(?m)^# (?=\w+(\.\w+)? = )", "", text))
+    config = load_config(tmp_path / "all.toml")
+    assert config.method.rank_pattern[r"layers\.0\..*"] == 32
+    assert (config.method.dora, config.method.biases) == (True, "targets")

@@ -15,7 +15,7 @@ TEMPLATE = """\
 name = "{model}"          # a catalogue name (loralab fetch), a local folder, or a hub id
 task = "classification"   # or "causal"
 num_labels = 2
-dtype = "float32"         # "bfloat16" is faster where the processor has the instructions
+dtype = "float32"         # or "bfloat16"; "auto" measures which is faster here
 pooling = "{pooling}"     # "native": the model's own (CLS, last real token); or "mean", "last"
 head_bias = false
 head_dropout = 0.0
@@ -36,9 +36,19 @@ min_rating = 0.5          # rated texts: leave out those with |mean rating| belo
 kind = "lora"             # "lora", "frozen", "full" or "head"
 rank = 16
 alpha = 32.0              # scale = alpha / rank
-scaling = "alpha/rank"    # or "alpha/sqrt(rank)" (rsLoRA)
-dropout = 0.0
+scaling = "alpha/rank"    # or "alpha/sqrt(rank)" (rsLoRA); `loralab doctor --convert rank=64`
+dropout = 0.0             # says which settings start the same training
 targets = "all-linear"    # or a list of names, or a regular expression
+# exclude = ["down_proj"] # names that targets match and that stay out
+# layers = "0-3, 12-15"   # only these blocks
+# rank_pattern = {{ q_proj = 8, 'layers\\.0\\..*' = 32 }}   # other ranks; alpha_pattern alike
+init = "kaiming"          # "gaussian", "orthogonal", "pissa", "olora"; from data: "eva", "lora_ga"
+# init_rows = 64          # training rows that eva and lora_ga look at
+# loraplus_lr_ratio = 16.0    # LoRA+: B learns so many times faster than A
+# dora = true             # magnitudes apart from directions
+# biases = "targets"      # or "all"
+# whole_modules = ["norm"]    # trained whole beside the adapter, as the head always is
+# token_rows = {{ embed_tokens = [49152] }}   # single rows of an embedding (new tokens)
 # frozen_layers = 3       # for "frozen": the first k layers; default: the lower half
 freeze_embedding = true
 
@@ -51,7 +61,7 @@ epochs = 2
 schedule = "linear"       # "constant", "linear", "cosine"
 warmup = 0.06             # share of all steps
 weight_decay = 0.01
-max_grad_norm = 1.0
+max_grad_norm = 1.0       # 0 clips nothing
 seed = 0
 evaluations_per_epoch = 1 # validations; the best checkpoint is restored at the end
 # patience = 3            # stop after so many validations without improvement

@@ -3,12 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from loralab.adapters import merge as merge_into, merge_checkpoint, save_merged
+from loralab.adapters import (
+    Adapter,
+    install,
+    merge as merge_into,
+    merge_checkpoint,
+    read_adapter,
+    save_merged,
+)
 from loralab.errors import ConfigError, RunError
 from loralab.events import Listener, Phase, ignore
-from loralab.models import load_tokenizer
+from loralab.measuring import check_probes
+from loralab.models import load_model, load_tokenizer
 from loralab.runs.evaluate import trained_model
 from loralab.runs.folder import MANIFEST, open_run, refuse_existing
+from loralab.training import ADAPTER_NAME
 
 
 def merge(
@@ -18,14 +27,18 @@ def merge(
     base: str | None = None,
     limit: float | None = None,
     force: bool = False,
+    measure: bool = False,
     listen: Listener = ignore,
 ) -> dict[str, Any]:
     """Merge a finished run's adapter, or an adapter folder into the checkpoint folder `base`.
 
     A run's adapter is measured on the probes that were stored with it, so that the certificate says
-    how much of its effect is kept. A checkpoint is merged shard by shard, never whole in
-    memory. Returns the certificate. Raises `OutputError` where `output` exists, `AdapterError`
-    where more than `limit` of the effect would be lost and not `force`.
+    how much of its effect is kept. A checkpoint is merged shard by shard, never whole in memory;
+    with `measure` it is loaded, and measured on the adapter's probes too.
+
+    Returns the certificate. Raises `OutputError` where `output` exists, `AdapterError` where more
+    than `limit` of the effect would be lost and not `force`, or where probes show that the adapter
+    does not do on this base what it did where it was trained.
     """
     source, output = Path(source), Path(output)
     refuse_existing(output)
@@ -35,6 +48,8 @@ def merge(
                 f"{source} is no run, so its base is not known",
                 "name the base's folder: loralab merge ADAPTER --base FOLDER --output FOLDER.",
             )
+        if measure:
+            return _merge_measured(source, base, output, limit, force, listen)
         listen(Phase("merging shard by shard"))
         certificate = merge_checkpoint(base, source, output, limit=limit, force=force)
         return certificate.to_dict()
@@ -56,3 +71,30 @@ def _merge_run(
     merged, certificate = merge_into(model, route, limit=limit, force=force)
     save_merged(merged, certificate, output, load_tokenizer(run.config.model.name))
     return certificate.to_dict()
+
+
+def _merge_measured(
+    source: Path, base: str, output: Path, limit: float | None, force: bool, listen: Listener
+) -> dict[str, Any]:
+    adapter = read_adapter(source)
+    if not adapter.probes:
+        raise ConfigError(
+            f"{source} holds no probes to measure a merge on",
+            "leave --measure out, or merge the run that trained it.",
+        )
+    listen(Phase("merging"))
+    model = load_model(base, **_task_of(adapter))
+    install(model, adapter, ADAPTER_NAME)
+    check_probes(model, adapter.probes, ADAPTER_NAME)
+    merged, certificate = merge_into(model, ADAPTER_NAME, limit=limit, force=force)
+    save_merged(merged, certificate, output, load_tokenizer(base))
+    return certificate.to_dict()
+
+
+def _task_of(adapter: Adapter) -> dict[str, Any]:
+    """What the adapter's file says of the model's task; a classifier's head counts its labels."""
+    if not adapter.facts.get("model_class", "").endswith("ForSequenceClassification"):
+        return {"task": "causal"}
+    heads = [t for n, t in adapter.extra.items() if n in ("score.weight", "classifier.weight")]
+    labels = {"num_labels": heads[0].shape[0]} if heads else {}
+    return {"task": "classification", **labels}
