@@ -26,7 +26,7 @@ from loralab.errors import ConfigError, nearest
 
 MethodKind = Literal["lora", "full", "frozen", "head"]
 Task = Literal["classification", "causal"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]

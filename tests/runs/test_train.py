@@ -18,6 +18,7 @@ from loralab.errors import (
     RunError,
     TargetError,
 )
+from loralab.models import precision
 from loralab.runs.folder import open_run
 from loralab.runs.train import train
 
@@ -42,6 +43,19 @@ def test_a_run_describes_itself_and_evaluates_to_the_same_again(method, trained,
     assert again["metrics"] == stored["metrics"]
     assert stored["metrics"]["accuracy"]["mean"] > 0.6
     assert "loralab" in (run.artifact / "README.md").read_text()
+
+
+@pytest.mark.parametrize("speedup", [0.1, 2.0])
+def test_an_automatic_dtype_is_measured_once_and_written_down(speedup, trained, monkeypatch):
+    half = speedup > 1
+    rate = {torch.float32: 1.0, torch.bfloat16: speedup}
+    monkeypatch.setattr(precision, "_products_per_second", lambda _device, dtype: rate[dtype])
+    precision.choose_dtype.cache_clear()
+    run = trained(model__dtype="auto", method__kind="lora")
+    assert run.config.model.dtype == ("bfloat16" if half else "float32")
+    stored = tomllib.loads((run.folder / "config.toml").read_text())
+    assert stored["model"]["dtype"] == run.config.model.dtype
+    precision.choose_dtype.cache_clear()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,6 +4,7 @@ from loralab.models.checkpointing import enable_activation_checkpointing
 from loralab.models.classify import Pooling, reads_last_token
 from loralab.models.load import build_model, load_model
 from loralab.models.options import Dtype, Task
+from loralab.models.precision import choose_dtype
 from loralab.models.prefix import replaced_prefix, run_prefix
 from loralab.models.presets import PRESETS
 from loralab.models.quiet import quiet
@@ -26,6 +27,7 @@ __all__ = [
     "Task",
     "blocks",
     "build_model",
+    "choose_dtype",
     "embedding_parameters",
     "enable_activation_checkpointing",
     "head_name",

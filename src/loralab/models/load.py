@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from loralab.errors import ModelError, nearest
 from loralab.models.classify import Pooling
 from loralab.models.options import Dtype, Options, Task
+from loralab.models.precision import choose_dtype
 from loralab.models.presets import PRESETS
 from loralab.models.quiet import quiet
 from loralab.models.resolve import check_weights, model_folder
@@ -57,6 +58,7 @@ def load_model(
     check_weights(folder)
     options = Options(task, num_labels, head_bias, head_dropout, dropout, pooling)
     model_class = options.apply(config)
+    dtype = _settled(dtype, device)
     model, info = _read(model_class, folder, config, dtype, saved_labels)
     _check_loaded(model, info, name, task)
     fresh = _initialise(model, info["missing_keys"], seed)
@@ -90,9 +92,13 @@ def build_model(
     drawn_on = "meta" if torch.device(device).type == "meta" else "cpu"
     with quiet(), torch.random.fork_rng(devices=[]), torch.device(drawn_on):
         torch.default_generator.manual_seed(seed)
-        model = model_class._from_config(config, dtype=getattr(torch, dtype))
+        model = model_class._from_config(config, dtype=getattr(torch, _settled(dtype, "cpu")))
     options.finish(model, head_name(model) if task == "classification" else None)
     return model.eval().to(device)  # pyright: ignore[reportArgumentType]  (its stub drops str)
+
+
+def _settled(dtype: Dtype, device: str | torch.device) -> Dtype:
+    return cast(Dtype, choose_dtype(str(device)).dtype) if dtype == "auto" else dtype
 
 
 def _read_config(folder: Path) -> PretrainedConfig:

@@ -15,7 +15,7 @@ from loralab.errors import ModelError
 from loralab.models.classify import FACTS, Pooling, classifier_class, set_head_dropout
 
 Task = Literal["classification", "causal"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 _CLASSES = {
     "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,

@@ -26,7 +26,7 @@ from loralab.runs.results import comparison_of, loss_curves
 from loralab.runs.solo import measure
 from loralab.runs.sweep import DEFAULT_RATES, Sweep, sweep
 from loralab.runs.train import resume, train
-from loralab.runs.workbench import Workbench, open_workbench
+from loralab.runs.workbench import Workbench, open_workbench, settle_dtype
 
 COMPARISON = "comparison.json"
 REPORT = "report.html"
@@ -55,7 +55,7 @@ def compare(config: RunConfig, output: str | Path, *, listen: Listener = ignore)
             "compare.methods names 'head', but a causal model has no task head",
             "take it out of compare.methods.",
         )
-    config = _with_grids(config)
+    config = _with_grids(_with_dtype(config, folder, listen))
     _claim(folder, config)
     if (folder / COMPARISON).is_file() and (folder / REPORT).is_file():
         listen(Note(f"{folder} is finished; nothing to train"))
@@ -72,6 +72,13 @@ def compare(config: RunConfig, output: str | Path, *, listen: Listener = ignore)
     write_comparison_report(comparison, folder / REPORT, loss_curves=loss_curves(entrants))
     write_json(folder / COMPARISON, comparison)
     return comparison
+
+
+def _with_dtype(config: RunConfig, folder: Path, listen: Listener) -> RunConfig:
+    """The settings with the dtype chosen; a comparison that goes on keeps its choice."""
+    if config.model.dtype == "auto" and (folder / CONFIG).is_file():
+        return config.replace(model__dtype=load_config(folder / CONFIG).model.dtype)
+    return settle_dtype(config, listen)
 
 
 def _with_grids(config: RunConfig) -> RunConfig:

@@ -225,7 +225,7 @@ def _arm(config: RunConfig, method: MethodKind) -> Arm:
         batch_size=training.batch_size * training.accumulation,
         max_grad_norm=training.max_grad_norm,
         restored="best",
-        dtype=config.model.dtype,
+        dtype=None if config.model.dtype == "auto" else config.model.dtype,
         optimizer_path="fused" if training.fused else "foreach",
     )
 

@@ -32,7 +32,7 @@ from loralab.runs.folder import (
 )
 from loralab.runs.forecast import Forecast, forecast
 from loralab.runs.sinks import Sink, open_sinks, require_sinks
-from loralab.runs.workbench import Workbench, open_workbench
+from loralab.runs.workbench import Workbench, open_workbench, settle_dtype
 from loralab.training import (
     START_FILE,
     CheckpointSaved,
@@ -67,6 +67,7 @@ def train(
     Raises any `LoralabError`; `Interrupted` after Ctrl-C, with a checkpoint and the command that
     resumes; `TrainingError` where the loss is no number.
     """
+    config = settle_dtype(config, listen)
     folder = _default_folder(config) if output is None else Path(output)
     refuse_existing(folder)
     require_sinks(config.training.sinks)

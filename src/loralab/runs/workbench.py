@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from loralab.config import RunConfig
 from loralab.data import Dataset, Encoded, encode, encoding_facts, load_dataset
 from loralab.events import Listener, Note, Phase
-from loralab.models import load_model, load_tokenizer
-from loralab.training import PrefixStore, Trainable, prepare, stream_seed
+from loralab.models import choose_dtype, load_model, load_tokenizer
+from loralab.training import PrefixStore, Trainable, choose_device, prepare, stream_seed
 
 SPLITS = ("train", "validation", "test")
 
@@ -74,6 +74,18 @@ def open_workbench(config: RunConfig, listen: Listener) -> Workbench:
     counts = ", ".join(f"{len(bench.rows[split])} {split}" for split in SPLITS)
     listen(Note(f"{dataset.name}: {counts} rows"))
     return bench
+
+
+def settle_dtype(config: RunConfig, listen: Listener) -> RunConfig:
+    """The settings with `model.dtype = "auto"` replaced by the dtype that is faster here.
+
+    So a run's `config.toml` holds the choice, and resuming does not measure again.
+    """
+    if config.model.dtype != "auto":
+        return config
+    chosen = choose_dtype(choose_device(config.training.device).type)
+    listen(Note(f"model.dtype is {chosen} here"))
+    return config.replace(model__dtype=chosen.dtype)
 
 
 def base_model(config: RunConfig) -> nn.Module:
