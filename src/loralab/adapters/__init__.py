@@ -8,8 +8,9 @@ from loralab.adapters.data_driven import eva_starts, lora_ga_starts
 from loralab.adapters.difference import Difference, adapter_of_difference
 from loralab.adapters.extracting import adapter_parameters, count_parameters, extract
 from loralab.adapters.fingerprint import fingerprint, is_from_base
+from loralab.adapters.in_place import merge_in_place, restore
 from loralab.adapters.members import Member, base_member, member_in_force, share
-from loralab.adapters.merge import merge, merge_in_place, restore, save_merged
+from loralab.adapters.merge import merge, save_merged
 from loralab.adapters.merging import Change, change_at
 from loralab.adapters.peft_format import content_hash, read_adapter, write_adapter
 from loralab.adapters.probes import Probe

@@ -1,17 +1,16 @@
 """Safetensors files as tables of byte ranges, and tensors that are views of mapped bytes."""
 
 import hashlib
-import json
 import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from loralab.adapters.weights_file import MAX_HEADER_BYTES, Span, parse_header
 from loralab.errors import ModelError
 
 DTYPES = {
@@ -45,30 +44,25 @@ def read_entries(folder: Path) -> dict[str, Entry]:
         )
     entries: dict[str, Entry] = {}
     for file in files:
-        start, header = _header(file)
-        room = file.stat().st_size - start
-        for name, told in header.items():
-            if name == "__metadata__":
-                continue
-            first, last = told["data_offsets"]
-            if name in entries or not 0 <= first <= last <= room:
-                raise _damaged(file, f"at tensor {name!r}")
-            entries[name] = Entry(
-                file.name, start + first, start + last, told["dtype"], tuple(told["shape"])
-            )
+        start, spans = _header(file)
+        for name, (first, last, dtype, shape) in spans.items():
+            if name in entries:
+                raise _damaged(file, f"at tensor {name!r}, which stands in another file too")
+            entries[name] = Entry(file.name, start + first, start + last, dtype, shape)
     return entries
 
 
-def _header(file: Path) -> tuple[int, dict[str, Any]]:
-    """(where the tensors' bytes start, what the header says)."""
+def _header(file: Path) -> tuple[int, dict[str, Span]]:
+    """(where the tensors' bytes start, what the header says of each)."""
+    size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
-        if not 0 < length <= file.stat().st_size - 8:
+        if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
             raise _damaged(file, "in the length of its header")
         try:
-            return 8 + length, json.loads(handle.read(length))
-        except ValueError:
-            raise _damaged(file, "in its header") from None
+            return 8 + length, parse_header(handle.read(length), size - 8 - length)[0]
+        except ValueError as error:
+            raise _damaged(file, f"in its header: {error}") from None
 
 
 def _damaged(file: Path, where: str) -> ModelError:
@@ -87,6 +81,20 @@ def view(buffer: mmap.mmap, entry: Entry) -> Tensor:
     dtype = DTYPES[entry.dtype]
     count = (entry.stop - entry.start) // dtype.itemsize
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
+
+
+def read_tensor(folder: Path, entry: Entry) -> Tensor:
+    """The tensor, in memory of its own. Raises `ModelError` where the file is gone or too short."""
+    data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+    try:
+        with (folder / entry.file).open("rb") as handle:
+            handle.seek(entry.start)
+            whole = handle.readinto(data.numpy().data) == len(data)
+    except OSError as error:
+        raise ModelError(f"{folder / entry.file}: {error.strerror}", "bring it back.") from None
+    if not whole:
+        raise _damaged(folder / entry.file, "at its end")
+    return data.view(DTYPES[entry.dtype]).view(entry.shape)
 
 
 def hash_entries(folder: Path, entries: Mapping[str, Entry]) -> str:

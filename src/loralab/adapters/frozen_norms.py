@@ -18,14 +18,11 @@ class FrozenStatistics(nn.Module):
     """The part of a norm's class that keeps it in evaluation, whatever `train` says."""
 
     base_class: ClassVar[type[nn.Module]]
-
-    @property
-    def training(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return False
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        self.__dict__["training"] = mode  # what it goes back to when the last adapter leaves
+    training: Any = property(
+        lambda self: False,
+        # what it goes back to when the last adapter leaves
+        lambda self, mode: self.__dict__.update(training=mode),
+    )
 
     def _get_name(self) -> str:
         return self.base_class.__name__

@@ -1,7 +1,6 @@
-"""Merging: a function that gives a new plain model and a certificate, and a server's pair.
+"""Merging: a function that gives a new plain model and a certificate.
 
-`merge` never touches the model it is given. `merge_in_place` and `restore` swap whole tensors;
-nothing is ever subtracted back, so the base's own bytes come back.
+`merge` never touches the model it is given.
 """
 
 import copy
@@ -62,7 +61,7 @@ def merge(
     limit: the share of the adapter's effect that may be lost (default 0.5), by the logits where
         probes are given, else by the weights. Above it `AdapterError` is raised unless `force`.
     """
-    _check_not_merged(model)
+    check_not_merged(model)
     adapter = collect(model, name, Tensor.detach)
     merged = merged_model(model, adapter)
     effect = None
@@ -78,7 +77,7 @@ def merge(
 def merged_model(model: nn.Module, adapter: Adapter) -> nn.Module:
     """The plain model with the adapter added; tensors it does not change are shared."""
     twin = plain_twin(model)
-    _put_all(twin, changed_tensors(model, adapter))
+    put_all(twin, changed_tensors(model, adapter))
     _declare_untied(twin)
     return twin
 
@@ -130,27 +129,6 @@ def changed_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     for name, tensor in adapter.extra.items():
         replaced[name] = tensor.detach().to(device=own[name].device, dtype=own[name].dtype)
     return replaced
-
-
-def merge_in_place(model: nn.Module, name: str) -> None:
-    """Puts the adapter into the base's weights until `restore`; its route then adds nothing more.
-
-    The base's own tensors are kept aside (as many bytes as the adapter changes). Raises
-    `AdapterError` where an adapter is merged already.
-    """
-    _check_not_merged(model)
-    adapter = collect(model, name, Tensor.detach)
-    kept = _put_all(model, changed_tensors(model, adapter))
-    model.__dict__["_loralab_merged"] = (name, kept)
-
-
-def restore(model: nn.Module) -> None:
-    """Gives the base its own tensors back, bit for bit. Nothing happens where none is merged."""
-    _, kept = model.__dict__.pop("_loralab_merged", (None, {}))
-    owners = dict(model.named_modules(remove_duplicate=False))
-    for full_name, tensor in kept.items():
-        path, _, key = full_name.rpartition(".")
-        _table(owners[path], key)[key] = tensor
 
 
 def save_merged(
@@ -228,7 +206,7 @@ def plain_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _check_not_merged(model: nn.Module) -> None:
+def check_not_merged(model: nn.Module) -> None:
     if merged_name(model) is not None:
         raise AdapterError(
             f"adapter {merged_name(model)!r} is merged into this model already",
@@ -263,7 +241,7 @@ def _replace_rows(
             replaced[other] = made[id(table)]
 
 
-def _put_all(model: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def put_all(model: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Replaces parameters and buffers, and gives back those that were there.
 
     The modules' entries are replaced, not the parameters' data: what is tied to a replaced
@@ -274,7 +252,7 @@ def _put_all(model: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tenso
     kept: dict[str, Tensor] = {}
     for full_name, tensor in changed.items():
         path, _, key = full_name.rpartition(".")
-        table = _table(owners[path], key)
+        table = table_of(owners[path], key)
         kept[full_name] = old = table[key]
         if isinstance(old, nn.Parameter):
             made = nn.Parameter(tensor, requires_grad=old.requires_grad)
@@ -284,7 +262,7 @@ def _put_all(model: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tenso
     return kept
 
 
-def _table(owner: nn.Module, key: str) -> dict[str, Any]:
+def table_of(owner: nn.Module, key: str) -> dict[str, Any]:
     return owner._parameters if key in owner._parameters else owner._buffers
 
 
