@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny import labelled_rows, llama, of_kind, ready, run
 
+from loralab.config import MethodSection, TrainingSection
 from loralab.lowrank import initial_std
-from loralab.training import StepDone, effective_step, examine_setup
+from loralab.training import StepDone, effective_step, examine_setup, prepare
 
 ROWS = labelled_rows(24)
 EXACT = {"epsilon": 1e-30, "weight_decay": 0.0, "max_grad_norm": 0.0, "epochs": 3}
@@ -51,9 +52,6 @@ def test_the_step_is_that_of_the_factors_that_were_drawn() -> None:
 
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"])
 def test_every_initialisation_has_one(init: str) -> None:
-    from loralab.config import MethodSection, TrainingSection
-    from loralab.training import prepare
-
     method = MethodSection(rank=4, alpha=8.0, init=init)
     training = TrainingSection(learning_rate=1e-3, device="cpu", threads=1)
     trainable = prepare(llama(), method, training, task="classification", rows=ROWS)
@@ -62,6 +60,15 @@ def test_every_initialisation_has_one(init: str) -> None:
     assert f"{found.effective_step:.3g}" in " ".join(
         f.message for f in examine_setup(trainable, ROWS)
     )
+
+
+def test_a_model_without_values_is_prepared_and_has_none() -> None:
+    method = MethodSection(rank=4, alpha=8.0, init="eva")
+    training = TrainingSection(device="cpu", threads=1)
+    meta = torch.device("meta")
+    trainable = prepare(llama().to(meta), method, training, task="classification", device=meta)
+    assert trainable.pairs
+    assert effective_step(trainable) is None
 
 
 def test_without_an_adapter_there_is_none() -> None:

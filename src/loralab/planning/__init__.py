@@ -6,6 +6,7 @@ from loralab.planning.levers import Lever, levers
 from loralab.planning.plan import Plan, Planner
 from loralab.planning.serving import ServingPlan, plan_serving
 from loralab.planning.solve import Quantity, largest
+from loralab.planning.sources import meta_model
 from loralab.planning.speed import Speed, speed_of, step_seconds
 from loralab.planning.steps import ModelSource, StepKind
 from loralab.planning.verify import Verification, verify
@@ -26,6 +27,7 @@ __all__ = [
     "find_device",
     "largest",
     "levers",
+    "meta_model",
     "plan_serving",
     "speed_of",
     "step_seconds",

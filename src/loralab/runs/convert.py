@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from transformers import AutoConfig
-
 from loralab.adapters import adapter_parameters, attach
 from loralab.config import MethodSection, RunConfig
 from loralab.errors import ConfigError, nearest
 from loralab.lowrank import Number, Setting, alpha_of, equivalent, initial_std
-from loralab.models import build_model, head_name, model_folder, quiet
+from loralab.models import head_name
+from loralab.planning import meta_model
 from loralab.training import ADAPTER_NAME, lora_config, summarise
 
 CHANGES = ("rank", "scaling", "init", "alpha")
@@ -124,17 +123,8 @@ def _check(method: MethodSection, changes: Mapping[str, Any]) -> None:
 
 def _input_sizes(config: RunConfig) -> dict[str, int]:
     """The number of inputs of every module that the recipe adapts, by its name."""
-    model = config.model
-    with quiet():
-        architecture = AutoConfig.from_pretrained(model_folder(model.name), local_files_only=True)
-    twin = build_model(
-        architecture,
-        task=model.task,
-        num_labels=model.num_labels,
-        head_bias=model.head_bias,
-        pooling=model.pooling,
-    )
-    head = head_name(twin) if model.task == "classification" else None
+    twin = meta_model(config)
+    head = head_name(twin) if config.model.task == "classification" else None
     attach(twin, lora_config(config.method, head), ADAPTER_NAME)
     ending = f".adapters.{ADAPTER_NAME}.A"
     found = {

@@ -168,7 +168,7 @@ def _attach(
     config, starts = lora_config(method, head), None
     if start is not None and start.is_file():
         starts, config = read_start(start, config)
-    elif method.init in FROM_DATA:
+    elif method.init in FROM_DATA and not next(model.parameters()).is_meta:
         starts, config = starts_from_data(model, config, method, training, task=task, rows=rows)
     seed = stream_seed(training.seed, "initialisation")
     attach(model, config, name=ADAPTER_NAME, seed=seed, starts=starts)
