@@ -86,6 +86,8 @@ def matching_blocks(model: nn.Module) -> list[Matched]:
         return []
     if "input_ids" not in inspect.signature(model.forward).parameters:
         return []
+    if not hasattr(model, "get_input_embeddings"):  # a module of the user's own
+        return []
     with evaluating(model), torch.no_grad():
         trials = watch(model, layers)
         seen = {layer: [trial[layer] for trial in trials if layer in trial] for layer in layers}
