@@ -166,7 +166,8 @@ class TrainingSection(Section):
     master_weights: bool = True  # fp32 copies of what is trained in a half-precision model
     max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0  # 0: no clipping
     activation_checkpointing: bool = False
-    fuse_blocks: bool = True
+    offload_activations: bool = False  # to pinned memory of the host, for long rows on a GPU
+    fuse_blocks: bool = True  # blocks found by structure run as one autograd function
     cache_frozen_prefix: bool = False  # frozen lower blocks run once a row, without dropout
     evaluations_per_epoch: PositiveInt = 1
     patience: PositiveInt | None = None  # stop after so many validations without improvement

@@ -1,12 +1,16 @@
 """Accumulation, random streams, activation checkpointing."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import bert, causal_rows, labelled_rows, llama, of_kind, ready, run
+from torch.autograd.graph import saved_tensors_hooks
 
-from loralab.training import Started, StepDone, repeatable_step
+from loralab.errors import ConfigError
+from loralab.training import Started, StepDone, offload, repeatable_step
+from loralab.training.forward import Forward
 
 
 @pytest.mark.parametrize("task", ["classification", "causal"])
@@ -76,3 +80,36 @@ def test_activation_checkpointing_changes_no_bit(kind: str) -> None:
         assert steps[0]() == steps[1]()
     for name, parameter in plain.parameters.items():
         assert torch.equal(parameter, saving.parameters[name])
+
+
+def test_offloading_changes_no_gradient_and_moves_no_parameter(monkeypatch) -> None:
+    trainable = ready("lora", method={"dropout": 0.2})
+    parameters = list(trainable.parameters.values())
+    moved: list[torch.Size] = []
+
+    def noting(pack, unpack):
+        def noted(tensor):
+            host, device = pack(tensor)
+            if device is not None:
+                moved.append(host.shape)
+            return host, device
+
+        return saved_tensors_hooks(noted, unpack)
+
+    monkeypatch.setattr(offload, "WORTH_MOVING_BYTES", 64)
+    monkeypatch.setattr(offload, "saved_tensors_hooks", noting)
+    found = []
+    for context in (nullcontext(), offload.offloaded(trainable.model)):
+        torch.manual_seed(0)
+        with trainable.routed(), context:
+            loss = Forward(trainable.model.train(), "classification").nll_sum(labelled_rows(6))
+        found.append(torch.autograd.grad(loss, parameters))
+    assert moved
+    assert not {p.shape for p in trainable.model.parameters()} & set(moved)
+    for plain, other in zip(*found, strict=True):
+        assert torch.equal(plain, other)
+
+
+def test_offloading_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="to the host, where they are already"):
+        ready("lora", offload_activations=True)

@@ -67,6 +67,7 @@ evaluations_per_epoch = 1 # validations; the best checkpoint is restored at the 
 # patience = 3            # stop after so many validations without improvement
 checkpoint_steps = 50     # a killed run resumes from the last one, bit for bit
 # activation_checkpointing = true
+# offload_activations = true  # to the host's memory: long rows on a GPU
 device = "auto"           # cuda, then mps, then cpu
 
 [compare]

@@ -142,6 +142,11 @@ def prepare(
         parameter.requires_grad_(name in chosen)
     if training.activation_checkpointing:
         enable_activation_checkpointing(model)
+    if training.offload_activations and device.type == "cpu":
+        raise ConfigError(
+            "training.offload_activations moves activations to the host, where they are already",
+            "set it to false, or training.activation_checkpointing to true.",
+        )
     return Trainable(
         model=model,
         task=task,

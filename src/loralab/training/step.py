@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from loralab.training.attention import training_attention
 from loralab.training.forward import Forward, num_targets
 from loralab.training.methods import Trainable
 from loralab.training.non_finite import blame
+from loralab.training.offload import offloaded
 from loralab.training.optimiser import Optimiser
 from loralab.training.streams import dropout_stream
 
@@ -84,9 +86,15 @@ class Stepper:
         width = max(len(row.input_ids) for row in piece)
         read = self._forward.read_positions(piece) if self._fusible else None
         with training_attention(self._trainable.model, width), fused(self._fusible, read):
-            nll = self._forward.nll_sum(piece) / total
+            with self._offloaded():
+                nll = self._forward.nll_sum(piece) / total
             nll.backward()
         return nll.detach().float()
+
+    def _offloaded(self) -> AbstractContextManager[object]:
+        """Where what the backward pass needs is kept: on the device, or on the host."""
+        wanted = self._trainable.training.offload_activations
+        return offloaded(self._trainable.model) if wanted else nullcontext()
 
     def _note_gradients(self) -> None:
         for name, gradient in self._optimiser.gradients().items():
