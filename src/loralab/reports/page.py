@@ -39,16 +39,24 @@ def render_page(page: Page) -> str:
     has_charts = any(
         block.kind == "figures" for section in page.sections for block in section.blocks
     )
-    style = _asset("templates", "report.css")
-    scripts = [*map(_library, _LIBRARIES), _asset("templates", "charts.js")] if has_charts else []
+    scripts = [*map(_library, _LIBRARIES), asset("templates", "charts.js")] if has_charts else []
+    return render_template(
+        "page.html.j2", styles=[asset("templates", "report.css")], scripts=scripts, page=page
+    )
+
+
+def render_template(
+    template: str, *, styles: Sequence[str], scripts: Sequence[str], **values: Any
+) -> str:
+    """A template with these styles and scripts, which its policy alone lets run."""
     html = (
         _environment()
-        .get_template("page.html.j2")
+        .get_template(template)
         .render(
-            page=page,
-            style=Markup(style),
+            styles=[Markup(style) for style in styles],
             scripts=[Markup(script) for script in scripts],
-            policy=_policy(scripts, [style]),
+            policy=_policy(scripts, styles),
+            **values,
         )
     )
     # JSON may have smuggled in half a surrogate pair, which UTF-8 cannot hold.
@@ -105,13 +113,14 @@ def _environment() -> Environment:
 
 
 @cache
-def _asset(folder: str, name: str) -> str:
+def asset(folder: str, name: str) -> str:
+    """A file of this room as text."""
     return (resources.files("loralab.reports") / folder / name).read_text(encoding="utf-8")
 
 
 @cache
 def _library(name: str) -> str:
     """A vendored build under its licence, without the link to a source map that is not there."""
-    code = re.sub(r"//# sourceMappingURL=\S+\s*$", "", _asset("vendor", f"{name}.min.js"))
-    licence = _asset("vendor", f"LICENSE-{name}.txt").strip()
+    code = re.sub(r"//# sourceMappingURL=\S+\s*$", "", asset("vendor", f"{name}.min.js"))
+    licence = asset("vendor", f"LICENSE-{name}.txt").strip()
     return f"/*! {name}\n\n{licence}\n*/\n{code}"

@@ -282,7 +282,7 @@ def _dimension_section(dimensions: Sequence[Row]) -> Section | None:
     )
     table = Table("Hidden states, averaged over each row's tokens.", columns, cells, wide=False)
     chart = Figure(
-        "dimensions",
+        "dimension-chart",
         "Intrinsic dimension",
         heatmaps.dimension_chart(rows, "Intrinsic dimension by layer, before and after"),
     )
