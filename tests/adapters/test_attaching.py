@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft_oracle import shake
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import MODELS, build, inputs, logits
 
 from loralab.adapters import (
@@ -370,3 +371,21 @@ def test_a_sequence_may_be_trained_whole_and_a_list_may_not() -> None:
         TargetError, match=r"'ends' is a ModuleList.*name its members: ends\.0, ends"
     ):
         attach(model, LoRAConfig(rank=2, targets=[], whole_modules=["ends"]), "b")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": ["embed_tokens"]},
+        {"targets": ["lm_head"]},
+        {"targets": ["q_proj"], "whole_modules": ["lm_head"]},
+    ],
+)
+def test_rows_of_a_tied_table_are_not_changed_twice(settings: dict[str, list[str]]) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=20, num_hidden_layers=1, tie_word_embeddings=True, **sizes)
+    model = LlamaForCausalLM(config)
+    rows = {"embed_tokens": [1, 2]}
+    with pytest.raises(TargetError, match="token_rows of model.embed_tokens.* another change"):
+        attach(model, LoRAConfig(rank=2, token_rows=rows, **settings))  # pyright: ignore
+    assert hosted(model) == ()

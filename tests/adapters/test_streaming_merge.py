@@ -14,10 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from loralab.adapters import (
@@ -27,6 +33,8 @@ from loralab.adapters import (
     merge,
     merge_checkpoint,
     save_adapter,
+    save_merged,
+    use,
 )
 from loralab.errors import AdapterError, ModelError, OutputError
 
@@ -103,12 +111,7 @@ def test_on_disk_is_what_in_memory_is(case, dtype, block, tmp_path, monkeypatch)
 
 
 def test_everything_that_does_not_fit_is_named_and_nothing_is_left(tmp_path):
-    model = llama(tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "base")
-    attach_random(model, targets=("embed_tokens",))
-    save_adapter(model, "a", tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="is tied to another weight, which would"):
-        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     wide = llama(hidden_size=40, num_hidden_layers=3)
     attach_random(wide, targets=("q_proj",), whole_modules=("lm_head",))
     save_adapter(wide, "a", tmp_path / "wide")
@@ -117,7 +120,7 @@ def test_everything_that_does_not_fit_is_named_and_nothing_is_left(tmp_path):
     for words in (
         "q_proj.weight: delta of (40, 40), weight of (32, 32)",
         "model.layers.2.self_attn.q_proj: the model has no such module",
-        "lm_head.weight: the adapter's own tensor, of which the checkpoint has none",
+        "lm_head.weight: (64, 40), in the checkpoint F32 (64, 32)",
     ):
         assert words in raised.value.cause
     small = llama().bfloat16()
@@ -129,11 +132,85 @@ def test_everything_that_does_not_fit_is_named_and_nothing_is_left(tmp_path):
     save_adapter(small, "a", tmp_path / "tiny")
     with pytest.raises(AdapterError, match="merging in bfloat16 would lose"):
         merge_checkpoint(tmp_path / "small", tmp_path / "tiny", tmp_path / "out")
-    assert {f.name for f in tmp_path.iterdir()} == {"base", "adapter", "wide", "small", "tiny"}
+    assert {f.name for f in tmp_path.iterdir()} == {"base", "wide", "small", "tiny"}
     forced = merge_checkpoint(tmp_path / "small", tmp_path / "tiny", tmp_path / "out", force=True)
     assert forced.forced
     with pytest.raises(OutputError, match="out exists already"):
         merge_checkpoint(tmp_path / "small", tmp_path / "tiny", tmp_path / "out")
+
+
+TIES = {
+    "input side": {"targets": ("embed_tokens", "q_proj")},
+    "output side": {"targets": ("lm_head",)},
+    "both": {"targets": ("embed_tokens", "lm_head")},
+    "output whole": {"targets": ("q_proj",), "whole_modules": ("lm_head",)},
+    "rows and all": {"targets": ("q_proj",), "token_rows": {"embed_tokens": [3, 9]}},
+}
+
+
+@pytest.mark.parametrize("shards", ["20KB", "1GB"])
+@pytest.mark.parametrize("case", TIES)
+def test_a_tie_is_cut_where_a_side_changes(case, shards, tmp_path):
+    model = llama(tie_word_embeddings=True).bfloat16()
+    model.save_pretrained(tmp_path / "base", max_shard_size=shards)
+    attach_random(model, **TIES[case])
+    save_adapter(model, "a", tmp_path / "adapter")
+    told = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged, certificate = merge(model, "a")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    for name, tensor in merged.state_dict().items():
+        assert (found.state_dict()[name] == tensor).float().mean() > 0.995, name
+    assert told.num_weights == certificate.num_weights
+    assert (found.lm_head.weight is found.model.embed_tokens.weight) == (case == "rows and all")
+
+
+def test_a_head_that_the_checkpoint_lacks_is_added(tmp_path):
+    torch.manual_seed(1)
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    attach_random(model, whole_modules=("score",))
+    save_adapter(model, "a", tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged, _ = merge(model.eval(), "a")
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert found.config.num_labels == 5
+    ids = torch.tensor([[3, 5, 8]])
+    torch.testing.assert_close(found(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [
+        "LlamaForSequenceClassification"
+    ]
+
+
+def test_a_head_without_all_of_its_weights_is_refused(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification(BertConfig(hidden_size=24, num_hidden_layers=1))
+    attach_random(model, targets=(), whole_modules=("classifier",))
+    save_adapter(model, "a", tmp_path / "adapter")
+    with pytest.raises((AdapterError, ModelError)):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("way", ["memory", "disk"])
+def test_a_tie_that_no_setting_cuts_is_cut_by_the_file(way, tmp_path):
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    model = T5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    attach_random(model, targets=("decoder.embed_tokens", "lm_head", "q"))
+    save_adapter(model, "a", tmp_path / "adapter")
+    merged, certificate = merge(model, "a")
+    if way == "memory":
+        save_merged(merged, certificate, tmp_path / "out")
+    else:
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    found = T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor([[3, 5, 8]])
+    batch = {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    with use(model, "a"):
+        expected = model(**batch).logits
+    for logits in (merged(**batch).logits, found(**batch).logits):
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_damaged_checkpoints_are_named(tmp_path):

@@ -21,7 +21,7 @@ from loralab.adapters.installing import (
     token_modules,
 )
 from loralab.adapters.settings import LoRAConfig
-from loralab.adapters.targets import packed_faults, select, walk
+from loralab.adapters.targets import packed_faults, row_conflicts, select, walk
 from loralab.adapters.using import hosted, merged_name
 from loralab.errors import AdapterError, TargetError
 from loralab.lowrank import Initialiser, Start, initialiser, kaiming
@@ -57,7 +57,7 @@ def attach(
     modules = dict(walk(model))
     faults: list[str] = []
     rows = token_modules(modules, config.token_rows, faults)
-    faults += [f"{path} is targeted and has token_rows" for path in rows if path in pairs]
+    faults += row_conflicts(modules, rows, {*pairs, *whole})
     faults += packed_faults(config, modules, pairs)
     if faults:
         raise TargetError("; ".join(faults), "see `loralab.targets(model)` for what there is.")

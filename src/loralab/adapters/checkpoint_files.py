@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -83,6 +84,12 @@ def view(buffer: mmap.mmap, entry: Entry) -> Tensor:
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
 
 
+def copy_bytes(folder: Path, entry: Entry, to: BinaryIO) -> None:
+    """Writes the tensor's bytes to a file that is open, a chunk at a time."""
+    for chunk in _chunks(folder, entry):
+        to.write(chunk)
+
+
 def read_tensor(folder: Path, entry: Entry) -> Tensor:
     """The tensor, in memory of its own. Raises `ModelError` where the file is gone or too short."""
     data = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
@@ -103,10 +110,15 @@ def hash_entries(folder: Path, entries: Mapping[str, Entry]) -> str:
     for name in sorted(entries):
         entry = entries[name]
         digest.update(f"{name}|{DTYPES.get(entry.dtype, entry.dtype)}|{entry.shape}|".encode())
-        with (folder / entry.file).open("rb") as handle:
-            handle.seek(entry.start)
-            left = entry.stop - entry.start
-            while left and (chunk := handle.read(min(left, CHUNK_BYTES))):
-                digest.update(chunk)
-                left -= len(chunk)
+        for chunk in _chunks(folder, entry):
+            digest.update(chunk)
     return digest.hexdigest()
+
+
+def _chunks(folder: Path, entry: Entry) -> Iterator[bytes]:
+    with (folder / entry.file).open("rb") as handle:
+        handle.seek(entry.start)
+        left = entry.stop - entry.start
+        while left and (chunk := handle.read(min(left, CHUNK_BYTES))):
+            yield chunk
+            left -= len(chunk)

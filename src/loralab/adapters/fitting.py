@@ -11,7 +11,12 @@ from loralab.adapters.convolutions import shape_of_delta
 from loralab.adapters.doubles import plain_tensors
 from loralab.adapters.installing import bias_of
 from loralab.adapters.peft_limits import apart_at
-from loralab.adapters.targets import missing_targets, no_low_rank_form, packed_faults
+from loralab.adapters.targets import (
+    missing_targets,
+    no_low_rank_form,
+    packed_faults,
+    row_conflicts,
+)
 
 Modules = Mapping[str, nn.Module]
 
@@ -23,6 +28,7 @@ def misfits(adapter: Adapter, modules: Modules) -> list[str]:
         *packed_faults(adapter.config, modules, adapter.pairs),
         *_faults_of_whole(adapter, modules),
         *_faults_of_rows(adapter, modules),
+        *row_conflicts(modules, adapter.token_rows, {*adapter.pairs, *adapter.whole_modules}),
         *_faults_of_biases(biases_of(adapter), modules),
         *_faults_of_repeated(adapter, modules),
         *(

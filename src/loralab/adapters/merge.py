@@ -34,6 +34,7 @@ from loralab.adapters.merging import (
     weight_name,
 )
 from loralab.adapters.peft_format import content_hash
+from loralab.adapters.tying import can_be_declared_untied
 from loralab.adapters.using import merged_name, use
 from loralab.errors import AdapterError
 from loralab.files import replacing, write_json, write_text
@@ -268,14 +269,13 @@ def table_of(owner: nn.Module, key: str) -> dict[str, Any]:
 
 def _declare_untied(twin: nn.Module) -> None:
     """Tells transformers that a tie is cut, so that saving and loading keep both sides."""
-    config = getattr(twin, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
+    if not can_be_declared_untied(twin):
         return
     tied = getattr(twin, "_tied_weights_keys", None)
     own = plain_tensors(twin)
     pairs = tied.items() if isinstance(tied, dict) else ()
     if any(a in own and b in own and own[a] is not own[b] for a, b in pairs):
-        cast(Any, config).tie_word_embeddings = False
+        cast(Any, twin).config.tie_word_embeddings = False
 
 
 def _measure(

@@ -1,7 +1,7 @@
 """Merging a checkpoint on disk, block by block: the model never is in memory.
 
 The base's files are copied as they are, headers included, and the bytes of changed tensors are then
-written over in the copy.
+written over in the copy. What the base's files lack is written to one more (`checkpoint_target`).
 """
 
 import shutil
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.certificate import LIMIT, MergeCertificate, check_limit
@@ -22,6 +22,7 @@ from loralab.adapters.checkpoint_files import (
     read_entries,
     view,
 )
+from loralab.adapters.checkpoint_target import Target, target_of, write_target
 from loralab.adapters.layers import path_of
 from loralab.adapters.merge import CERTIFICATE_FILE, model_card
 from loralab.adapters.merging import (
@@ -34,7 +35,7 @@ from loralab.adapters.merging import (
 )
 from loralab.adapters.mixing import some
 from loralab.adapters.peft_format import content_hash, read_adapter
-from loralab.errors import AdapterError, ModelError, OutputError
+from loralab.errors import AdapterError, OutputError
 from loralab.files import replacing, write_json, write_text
 
 BLOCK_ELEMENTS = 1 << 24  # of a weight that are merged at once: 64 MiB in fp32
@@ -63,23 +64,24 @@ def merge_checkpoint(
         raise OutputError(f"{out} exists already", "choose another folder.")
     adapter = read_adapter(adapter_folder)
     entries = read_entries(base)
-    weights = _fit(adapter, _skeleton(base), entries)
+    target, weights = _fit(base, adapter, entries)
     with replacing(out) as aside:
-        _copy(base, aside)
+        _copy(base, aside, target.renamed)
+        write_target(aside, base, target)
         found = WeightError()
         for weight in weights:
-            with mapped(aside / entries[weight.name].file) as buffer:
-                found += _merge(buffer, entries[weight.name], weight)
+            with mapped(aside / target.entries[weight.name].file) as buffer:
+                found += _merge(buffer, target.entries[weight.name], weight)
         for name, tensor in adapter.extra.items():
-            with mapped(aside / entries[name].file) as buffer:
-                view(buffer, entries[name]).copy_(tensor)
+            with mapped(aside / target.entries[name].file) as buffer:
+                view(buffer, target.entries[name]).copy_(tensor)
         for path, (rows, values) in adapter.token_rows.items():
-            entry = entries[f"{path}.weight"]
-            with mapped(aside / entry.file) as buffer:
-                table = view(buffer, entry)
-                table[rows] = values.to(table.dtype)
-                del table
-        certificate = _certificate(base, adapter, entries, weights, found, limit, force)
+            for name in target.rows[f"{path}.weight"]:
+                with mapped(aside / target.entries[name].file) as buffer:
+                    table = view(buffer, target.entries[name])
+                    table[rows] = values.to(table.dtype)
+                    del table
+        certificate = _certificate(base, adapter, entries, target, weights, found, limit, force)
         check_limit(certificate, str(adapter_folder))
         write_json(aside / CERTIFICATE_FILE, certificate.to_dict())
         write_text(aside / "README.md", model_card(certificate))
@@ -124,30 +126,18 @@ def _oriented(values: Tensor, weight: _Weight) -> Tensor:
     return values if weight.direct else values.mT
 
 
-def _skeleton(base: Path) -> nn.Module:
-    """The model that the folder's config names, on the meta device: modules without weights."""
-    import transformers  # slow to import
+def _fit(
+    base: Path, adapter: Adapter, entries: Mapping[str, Entry]
+) -> tuple[Target, list[_Weight]]:
+    """The target, and the weights that change.
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(base)
-        name = (config.architectures or ["AutoModel"])[0]
-        with torch.device("meta"):
-            return getattr(transformers, name)(config)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{base}: its config.json names no model that can be built ({error})",
-            "give a transformers folder.",
-        ) from None
-
-
-def _fit(adapter: Adapter, model: nn.Module, entries: Mapping[str, Entry]) -> list[_Weight]:
-    """The weights that change. Raises `AdapterError` that lists everything that does not fit."""
+    Raises `AdapterError` that lists everything that does not fit.
+    """
     check_mergeable(adapter)
     faults: list[str] = []
+    target = target_of(base, adapter, entries, faults)
     weights = []
-    modules = dict(model.named_modules())
-    named = list(model.named_parameters(remove_duplicate=False))
-    tied = {name for name, p in named if sum(p is other for _, other in named) > 1}
+    modules = dict(target.model.named_modules())
     for path, (A, B) in adapter.pairs.items():
         module = modules.get(path)
         way = None if module is None else path_of(module)
@@ -155,10 +145,8 @@ def _fit(adapter: Adapter, model: nn.Module, entries: Mapping[str, Entry]) -> li
             faults.append(f"{path}: the model has no such module that can be adapted")
             continue
         name = f"{path}.{weight_name(module)}"
-        entry, shape = entries.get(name), (B.shape[0], A.shape[1])
-        if name in tied:
-            faults.append(f"{name} is tied to another weight, which would change with it")
-        elif entry is None or entry.dtype not in DTYPES:
+        entry, shape = target.entries.get(name), (B.shape[0], A.shape[1])
+        if entry is None or entry.dtype not in DTYPES:
             faults.append(f"{name}: not in the checkpoint in a dtype that can be merged")
         elif (
             way.features(module) != shape
@@ -168,7 +156,7 @@ def _fit(adapter: Adapter, model: nn.Module, entries: Mapping[str, Entry]) -> li
         else:
             direct = way.matrix(module).stride(-1) == 1
             weights.append(_Weight(name, change_at(adapter, path), direct))
-    faults += _faults_of_whole(adapter, entries)
+    faults += _faults_of_whole(adapter, target)
     if faults:
         shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
         raise AdapterError(
@@ -176,41 +164,45 @@ def _fit(adapter: Adapter, model: nn.Module, entries: Mapping[str, Entry]) -> li
             "give the checkpoint it was trained on, or load the model as it was trained (with its"
             " head) and use `loralab.merge`.",
         )
-    return weights
+    return target, weights
 
 
-def _faults_of_whole(adapter: Adapter, entries: Mapping[str, Entry]) -> list[str]:
+def _faults_of_whole(adapter: Adapter, target: Target) -> list[str]:
     faults = []
     for name, tensor in adapter.extra.items():
-        entry = entries.get(name)
-        if entry is None or entry.dtype not in DTYPES:
-            faults.append(f"{name}: the adapter's own tensor, of which the checkpoint has none")
-        elif entry.shape != tuple(tensor.shape):
-            faults.append(f"{name}: {tuple(tensor.shape)}, in the checkpoint {entry.shape}")
-    missing = [path for path in adapter.token_rows if f"{path}.weight" not in entries]
+        entry = target.entries.get(name)
+        if entry is None:
+            continue  # named already
+        if entry.dtype not in DTYPES or entry.shape != tuple(tensor.shape):
+            shape = f"{entry.dtype} {entry.shape}"
+            faults.append(f"{name}: {tuple(tensor.shape)}, in the checkpoint {shape}")
+    missing = [path for path in adapter.token_rows if f"{path}.weight" not in target.rows]
     if missing:
         faults.append(f"token rows of {some(missing)}: the checkpoint has no such embedding")
     return faults
 
 
-def _copy(base: Path, out: Path) -> None:
+def _copy(base: Path, out: Path, renamed: Mapping[str, str]) -> None:
     """Everything of the base's folder but weights in other formats and hidden files."""
     out.mkdir()
     for file in sorted(base.iterdir()):
         if file.is_file() and not file.name.startswith(".") and file.suffix not in OTHER_WEIGHTS:
-            shutil.copyfile(file, out / file.name)
+            shutil.copyfile(file, out / renamed.get(file.name, file.name))
 
 
 def _certificate(
     base: Path,
     adapter: Adapter,
     entries: Mapping[str, Entry],
+    target: Target,
     weights: list[_Weight],
     found: WeightError,
     limit: float | None,
     force: bool,
 ) -> MergeCertificate:
-    dtypes = {str(DTYPES[entries[weight.name].dtype]).removeprefix("torch.") for weight in weights}
+    dtypes = {
+        str(DTYPES[target.entries[weight.name].dtype]).removeprefix("torch.") for weight in weights
+    }
     wanted = LIMIT if limit is None else limit
     return MergeCertificate(
         dtype="+".join(sorted(dtypes)) or "none",

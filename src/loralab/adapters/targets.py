@@ -195,6 +195,25 @@ def packed_faults(
     ]
 
 
+def row_conflicts(
+    modules: Mapping[str, nn.Module], tables: Iterable[str], taken: Container[str]
+) -> list[str]:
+    """Embeddings whose rows the adapter replaces although it changes them, or a tied weight, else.
+
+    A tied weight gets the rows, too.
+    """
+    faults = []
+    for path in tables:
+        table = modules[path]._parameters.get("weight") if path in modules else None
+        for other, module in modules.items():
+            tied = table is not None and module._parameters.get("weight") is table
+            owners = [other] + [other.rsplit(".", n)[0] for n in range(1, other.count(".") + 1)]
+            if tied and any(owner in taken for owner in owners):
+                of = path if other == path else f"{path}, to which {other} is tied,"
+                faults.append(f"token_rows of {of} meet another change of the same weight: {other}")
+    return faults
+
+
 def _separate_attention(
     config: LoRAConfig, modules: Mapping[str, nn.Module], left_out: Container[str]
 ) -> list[str]:
