@@ -7,32 +7,40 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from loralab.adapters import Adapter, install, use
-from loralab.config import DataSection
+from loralab.config import DataSection, RunConfig
 from loralab.data import Encoded, collate, encode, evaluation_batches, load_dataset, load_rows
 from loralab.evidence.xray import LayerDimension, layer_dimensions
-from loralab.models import load_model, load_tokenizer
+from loralab.models import load_model, load_tokenizer, model_folder
 from loralab.runs.evaluate import FILE_SUFFIXES
+from loralab.runs.workbench import base_model
 
 NUM_ROWS, BATCH_SIZE, MAX_TOKENS = 400, 32, 128
 AFTER = "after"
 
 
 def activation_dimensions(
-    base: str, tuned: str, adapter: Adapter | None, data: str, *, num_rows: int = NUM_ROWS
+    base: str,
+    tuned: str,
+    adapter: Adapter | None,
+    data: str,
+    *,
+    config: RunConfig | None = None,
+    num_rows: int = NUM_ROWS,
 ) -> tuple[LayerDimension, ...]:
     """The dimension of every hidden state, averaged over each row's tokens, before and after.
 
-    tuned: the checkpoint, where there is no adapter. Raises `DataError` for too few rows.
+    tuned: the checkpoint, where there is no adapter. config: of the run that trained it, where it
+    is known; else the model's head is made to fit the adapter. Raises `DataError` for too few rows.
     """
     rows = _rows(base, data, num_rows)
     pad_id = int(load_tokenizer(base).pad_token_id)  # pyright: ignore[reportArgumentType]
     if adapter is None:
-        before = _hidden_states(_model(base, None), rows, pad_id, None)
-        after = _hidden_states(_model(tuned, None), rows, pad_id, None)
-        return layer_dimensions(before, after)
-    model = _model(base, adapter)
+        before = _hidden_states(_plain(base), rows, pad_id, None)
+        return layer_dimensions(before, _hidden_states(_plain(tuned), rows, pad_id, None))
+    model = _fitting(base, adapter) if config is None else base_model(config)
     install(model, adapter, AFTER)
     model.eval()
     before = _hidden_states(model, rows, pad_id, None)
@@ -50,20 +58,26 @@ def _rows(base: str, data: str, num_rows: int) -> list[Encoded]:
     return encode(examples[:num_rows], tokenizer, task="classification", max_tokens=MAX_TOKENS)
 
 
-def _model(name: str, adapter: Adapter | None) -> nn.Module:
+def _plain(name: str) -> nn.Module:
+    """A checkpoint with any head: only its hidden states are looked at."""
+    labels = AutoConfig.from_pretrained(model_folder(name), local_files_only=True).num_labels
+    return load_model(name, num_labels=max(2, labels or 0)).eval()
+
+
+def _fitting(name: str, adapter: Adapter) -> nn.Module:
     """The base with such a head as the adapter brings."""
-    kind = "" if adapter is None else adapter.facts.get("model_class", "")
-    if kind.endswith(("ForCausalLM", "LMHeadModel")):
-        return load_model(name, task="causal").eval()
-    extra = {} if adapter is None else adapter.extra
-    heads = [key for key in extra if key.rpartition(".")[0] in ("score", "classifier")]
-    weight = next((extra[key] for key in heads if key.endswith(".weight")), None)
+    if adapter.facts.get("model_class", "").endswith(("ForCausalLM", "LMHeadModel")):
+        return load_model(name, task="causal")
+    heads = [key for key in adapter.extra if key.rpartition(".")[0] in ("score", "classifier")]
+    weight = next((adapter.extra[key] for key in heads if key.endswith(".weight")), None)
+    pooled = any(".pooler." in f".{module}." for module in adapter.pairs)
+    encoder = any(key.startswith("classifier") for key in heads)
     return load_model(
         name,
-        task="classification",
         num_labels=2 if weight is None else len(weight),
         head_bias="score.bias" in heads,
-    ).eval()
+        pooling="mean" if encoder and not pooled else "native",
+    )
 
 
 @torch.inference_mode()

@@ -71,7 +71,8 @@ def inspect(
         named = base or subject.base
         assert named is not None  # `_check_options` has seen to it
         listen(Phase(f"activations on {data}, before and after"))
-        rows = activation_dimensions(named, subject.folder, subject.adapter, data)
+        config = None if subject.run is None else subject.run.config
+        rows = activation_dimensions(named, subject.folder, subject.adapter, data, config=config)
         document["dimensions"] = [asdict(row) for row in rows]
         document["summary"].append(_dimension_sentence(document["dimensions"]))
     if extract is not None and output is not None:

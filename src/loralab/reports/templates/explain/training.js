@@ -127,7 +127,7 @@
   page.check("merged and separate give the same output, for each of three adapters", largest < 1e-12);
   get("inference").textContent = `Just now, for three random adapters of rank 4 on a ${SIZE} \u00d7 ${SIZE} weight: `
     + `the outputs of W0 x + s B (A x) and of (W0 + s B A) x differ by at most ${largest.toExponential(0)} of their size, `
-    + "in double precision. In bfloat16 merging rounds, and `loralab merge` measures what that costs.";
+    + "in double precision. In bfloat16 merging rounds; loralab merge measures what that costs.";
 
   for (const button of document.querySelectorAll("[data-pass]")) {
     button.addEventListener("click", () => {
