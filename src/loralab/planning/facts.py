@@ -7,7 +7,7 @@ Sources are files of pytorch 2.13 unless said otherwise; each fact has a test.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ class Rules(TorchFunctionMode):
     def choose_optimiser(self, optimiser: torch.optim.Optimizer) -> None:
         """Set what torch would choose for parameters on the device."""
 
+    @no_type_check
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -61,6 +62,7 @@ class CudaRules(Rules):
             if group.get("foreach") is None and not group.get("fused"):
                 group["foreach"] = True
 
+    @no_type_check
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -1,6 +1,7 @@
 """The largest batch, length or rank that still fits."""
 
 from collections.abc import Callable
+from itertools import count
 from typing import Literal
 
 from loralab.config import RunConfig
@@ -13,7 +14,8 @@ SETTINGS: dict[Quantity, str] = {
     "max_tokens": "data__max_tokens",
     "rank": "method__rank",
 }
-MOST: dict[Quantity, int] = {"batch_size": 1 << 16, "max_tokens": 1 << 20, "rank": 1 << 14}
+# No more is looked for: nobody asks, and what fits then is limited by other things.
+MOST: dict[Quantity, int] = {"batch_size": 4096, "max_tokens": 1 << 17, "rank": 4096}
 
 
 def largest(planner: Planner, config: RunConfig, quantity: Quantity) -> int:
@@ -35,36 +37,36 @@ def largest(planner: Planner, config: RunConfig, quantity: Quantity) -> int:
 def _largest(plan: Callable[[int], Plan], limit: int, start: int) -> int:
     """The largest value in 1..limit whose plan fits; plans need more the larger the value."""
     needs: dict[int, int] = {}
-    room = 0
+    room = plan(min(start, limit)).usable_bytes
 
     def fits(value: int) -> bool:
-        nonlocal room
-        if value not in needs:
-            made = plan(value)
-            needs[value], room = made.needed_bytes, made.usable_bytes
+        needs[value] = plan(value).needed_bytes
         return needs[value] <= room
 
     low, high = 0, limit + 1  # low fits (or is nothing), high does not (or is out of bounds)
     guess = min(start, limit)
-    while high - low > 1:
+    for turn in count():
+        if fits(guess):
+            low = guess
+        else:
+            high = guess
+        if high - low <= 1:
+            return low
+        # Now and then in the middle: a peak that bends can fool the line.
+        middle = (low + high) // 2 if high <= limit else min(2 * low, limit)
+        guess = middle if turn % 4 == 3 else _crossing(needs, room, low, high, middle)
         guess = min(max(guess, low + 1), high - 1)
-        low, high = (guess, high) if fits(guess) else (low, guess)
-        guess = _secant(needs, room, low, high)
-    return low
+    raise AssertionError("unreachable: the bracket shrinks at every turn")
 
 
-def _secant(needs: dict[int, int], room: int, low: int, high: int) -> int:
-    """Where the line through the two values nearest to the border meets the room."""
-    below = sorted(needs, key=lambda value: abs(needs[value] - room))[:2]
-    if len(below) < 2:
-        only = below[0]
-        return 1 if needs[only] > room else 2 * only
-    (x1, y1), (x2, y2) = ((value, needs[value]) for value in below)
-    if y1 == y2:
-        return 2 * low if low else (low + high) // 2
-    crossing = x1 + (room - y1) * (x2 - x1) / (y2 - y1)
-    # Just inside, so that the next question closes the bracket from one side.
-    return int(crossing) if int(crossing) > low else low + 1
+def _crossing(needs: dict[int, int], room: int, low: int, high: int, otherwise: int) -> int:
+    """Where the line through the two values nearest to the border meets it, on the side that is
+    not known yet."""
+    (x1, y1), (x2, y2) = (sorted(needs.items(), key=lambda item: abs(item[1] - room)) * 2)[:2]
+    if len(needs) < 2 or y1 == y2:
+        return otherwise
+    crossing = int(x1 + (room - y1) * (x2 - x1) / (y2 - y1))
+    return crossing + 1 if crossing <= low else min(crossing, high - 1)
 
 
 def _present(config: RunConfig, quantity: Quantity) -> int:

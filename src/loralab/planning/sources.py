@@ -122,7 +122,8 @@ def _shapes(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     """A copy of a module on the meta device; weights of the given one are not copied."""
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
-            return model()
+            made: nn.Module = model()
+            return made
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): _meta(tensor) for tensor in tensors})
 

@@ -249,7 +249,7 @@ def _peft_model(config: RunConfig, model: nn.Module) -> nn.Module:
         enable_activation_checkpointing(model)
     device = next(model.parameters()).device
     with device, quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own use of transformers
+        warnings.simplefilter("ignore")  # PEFT's use of transformers, Conv1D's layout
         try:
             return peft.get_peft_model(model, settings)  # pyright: ignore[reportArgumentType]
         except ValueError as error:

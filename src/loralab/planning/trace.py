@@ -3,13 +3,16 @@
 Tensors of weights, activations and gradients are fake (shapes without numbers, `FakeTensorMode`).
 What follows from the batch alone (ids, masks, labels, positions) is small, and stays real, so that
 code which asks "is there any padding?" or "how many targets?" gets the true answer.
+
+What runs at every operation is marked `no_type_check`: checks of types at run time, as the tests
+do them, would take most of the time.
 """
 
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +139,7 @@ class Tracer(TorchDispatchMode):
 
     # what torch tells ---------------------------------------------------------------------------
 
+    @no_type_check
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -157,6 +161,7 @@ class Tracer(TorchDispatchMode):
             self._passing(workspace)
         return result
 
+    @no_type_check
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         given = list(_tensors((args, kwargs)))
         has_fake = any(type(t) is FakeTensor or isinstance(t, FakeTensor) for t in given)
@@ -179,6 +184,7 @@ class Tracer(TorchDispatchMode):
             why = "has a result whose size or value depends on numbers that nobody has computed"
             raise untraceable(str(error.func), why) from error
 
+    @no_type_check
     def _is_whole(self, func: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a tensor made from nothing holds small whole numbers."""
         dtype = kwargs.get("dtype")
@@ -228,6 +234,7 @@ class Tracer(TorchDispatchMode):
 
     # the record -----------------------------------------------------------------------------
 
+    @no_type_check
     def _now(self) -> tuple[str, Place]:
         if torch._C._current_graph_task_id() != -1:
             self._has_gradients = True
@@ -238,6 +245,7 @@ class Tracer(TorchDispatchMode):
             return "after backward", _OUTSIDE
         return "forward", self._stack[-1] if self._stack else _OUTSIDE
 
+    @no_type_check
     def _backward_place(self) -> Place:
         if self._stack:  # recomputation
             return self._stack[-1]
@@ -247,6 +255,7 @@ class Tracer(TorchDispatchMode):
             return self._moment[1] if self._moment else _OUTSIDE
         return self._marked[max(0, bisect_right(self._marks, number) - 1)]
 
+    @no_type_check
     def _note_moment(self, phase: str, place: Place) -> None:
         # Inside blocks the block is fine enough; outside, each operation is told apart.
         moment = (phase, place, "" if place.block is not None else self._op)
@@ -254,6 +263,7 @@ class Tracer(TorchDispatchMode):
             self._moment = moment
             self._moments.append((self._clock, *moment))
 
+    @no_type_check
     def _born(self, tensor: Tensor) -> Block | None:
         if tensor.layout != torch.strided:
             return None
@@ -266,6 +276,7 @@ class Tracer(TorchDispatchMode):
         weakref.finalize(storage, self._died, key).atexit = False
         return block
 
+    @no_type_check
     def _add(self, num_bytes: int) -> Block:
         phase, place, op = self._moment or ("setup", _OUTSIDE, "")
         block = Block(num_bytes, self._clock, phase, place, op)
@@ -273,6 +284,7 @@ class Tracer(TorchDispatchMode):
         self._blocks.append(block)
         return block
 
+    @no_type_check
     def _died(self, key: int) -> None:
         block = self._live.pop(key, None)
         if block is not None:
@@ -333,6 +345,7 @@ def _plausible(dtype: torch.dtype) -> float | int | bool:
     return 1.0 if dtype.is_floating_point else 1
 
 
+@no_type_check
 def _flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
     """Multiplications and additions of a matrix product; 0 of all else."""
     count = flop_registry.get(func._overloadpacket)
@@ -347,14 +360,17 @@ _IN_PLACE_FLOPS = {
 }
 
 
+@no_type_check
 def _is_random(func: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in func.tags
 
 
+@no_type_check
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+@no_type_check
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value

@@ -1,0 +1,143 @@
+"""Plans for the CPU against the allocator's own accounting of real steps."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from plan_settings import settings
+from torch import Tensor, nn
+
+from loralab.measuring import live_bytes, peak_live_bytes
+from loralab.planning import Planner, find_device
+from loralab.planning.predict import predict
+from loralab.planning.steps import real_step, rows_for, traceable
+from loralab.training import prepare, repeatable_step
+
+CPU = find_device("cpu")
+ALLOWED = 0.01
+
+
+def measured(config: Any, kind: str) -> int:
+    before = live_bytes()
+    return peak_live_bytes(real_step(config, kind, torch.device("cpu"))) - before
+
+
+NO_DROPOUT = {"method__dropout": 0.0}  # its table, made once, is larger than these models
+CASES = [
+    ("llama", "own", NO_DROPOUT),
+    ("llama", "peft", {}),
+    ("llama", "own", {"model__task": "causal", "model__dtype": "bfloat16", **NO_DROPOUT}),
+    ("llama", "own", {"training__activation_checkpointing": True, **NO_DROPOUT}),
+    ("llama", "own", {"training__batch_size": 32, "data__max_tokens": 400}),
+    ("llama", "peft", {"method__kind": "full", "training__fused": False}),
+    ("bert", "own", {"method__kind": "frozen"}),
+    ("bert", "peft", {"training__accumulation": 2}),
+    ("gpt2", "own", {"model__task": "causal", "method__kind": "full"}),
+    ("gpt2", "peft", {"model__task": "causal", "data__max_tokens": 150}),
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "changes"), CASES)
+def test_what_a_real_step_takes(config_file, family, kind, changes):
+    config = settings(config_file(family), **changes)
+    planned = Planner(CPU, kind).plan(config).peak_bytes
+    assert planned == pytest.approx(measured(config, kind), rel=ALLOWED, abs=64 * 1024)
+
+
+@pytest.mark.parametrize("kind", ["own", "peft"])
+@pytest.mark.parametrize("method", ["lora", "frozen", "full"])
+def test_few_blocks_tell_of_many(config_file, kind, method):
+    path = config_file("llama", num_hidden_layers=11)
+    config = settings(path, method__kind=method, model__task="causal")
+    source = traceable(config, kind)
+    few = predict(config, CPU, source=source)
+    all_blocks = predict(config, CPU, source=source, whole=True)
+    assert few.highest[1].allocated == all_blocks.highest[1].allocated
+    assert few.highest[0] == all_blocks.highest[0]
+    assert few.flops == all_blocks.flops
+
+
+def test_blocks_that_alternate_repeat_together(config_file):
+    kinds = ["sliding_attention", "full_attention"] * 5
+    path = config_file(
+        "llama",
+        model_type="qwen2",
+        layer_types=kinds,
+        num_hidden_layers=10,
+        sliding_window=16,
+        use_sliding_window=True,
+    )
+    source = traceable(settings(path), "own")
+    assert [(run.length, run.period) for run in source.runs] == [(10, 2)]
+
+
+class Doubled(nn.Module):
+    """An unusual block: two branches of unlike width, one of them run a number of times."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wide = nn.Linear(width, 3 * width)
+        self.back = nn.Linear(3 * width, width)
+        self.mix = nn.Conv1d(width, width, 3, padding=1, groups=2)
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.back(torch.relu(self.wide(x)).square())
+        for _ in range(3):
+            y = y + torch.tanh(self.mix(y.mT).mT) * self.scale
+        return x + y.cumsum(dim=1) / y.shape[1]
+
+
+class Unusual(nn.Module):
+    """A classifier of its own, which answers as transformers' do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(97, 48)
+        self.layers = nn.ModuleList(Doubled(48) for _ in range(8))
+        self.score = nn.Linear(48, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        mask = attention_mask.unsqueeze(-1)
+        return SimpleNamespace(logits=self.score((x * mask).sum(1) / mask.sum(1)))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_class_of_ones_own(method):
+    config = settings("unusual", method__kind=method, method__dropout=0.0, training__batch_size=8)
+    planned = Planner(CPU, "own", Unusual).plan(config).peak_bytes
+    before = live_bytes()
+    trainable = prepare(Unusual(), config.method, config.training, task="classification")
+    taken = peak_live_bytes(repeatable_step(trainable, rows_for(config))) - before
+    assert planned == pytest.approx(taken, rel=0.03)  # convolutions take room of their own
+
+
+def test_planning_leaves_the_given_model_and_the_generator_alone():
+    model = Unusual()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    Planner(CPU, "own", model).plan(settings("unusual"))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class Selective(Unusual):
+    """Goes on with as many numbers as are positive: nobody knows how many."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
+        x = self.embed(input_ids)
+        chosen = x[x > 0]
+        return SimpleNamespace(logits=self.score(x.mean(1)) + chosen.sum())
+
+
+def test_an_untraceable_model_gets_an_estimate_that_names_the_operator():
+    plan = Planner(CPU, "own", Selective).plan(settings("selective"))
+    assert "aten.nonzero" in plan.estimated
+    assert plan.error_bar == 0.5
+    assert plan.phase.startswith("estimate")
+    assert plan.parts["weights"] >= sum(4 * p.numel() for p in Selective().parameters())
