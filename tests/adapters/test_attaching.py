@@ -386,6 +386,6 @@ def test_rows_of_a_tied_table_are_not_changed_twice(settings: dict[str, list[str
     config = LlamaConfig(vocab_size=20, num_hidden_layers=1, tie_word_embeddings=True, **sizes)
     model = LlamaForCausalLM(config)
     rows = {"embed_tokens": [1, 2]}
-    with pytest.raises(TargetError, match="token_rows of model.embed_tokens.* another change"):
+    with pytest.raises(TargetError, match=r"token_rows of model\.embed_tokens.* another change"):
         attach(model, LoRAConfig(rank=2, token_rows=rows, **settings))  # pyright: ignore
     assert hosted(model) == ()

@@ -47,8 +47,8 @@ class Adapter:
     token_rows: embedding -> (row numbers, the rows (num_rows, dim) that replace the base's).
     layers: module -> `Layer`, for every pair.
     whole_modules: full names of the modules whose tensors are all in `extra`.
-    repeated: tensors of the base that its file repeats (PEFT does with targeted embeddings); they
-        are compared with a model's, and never used or written.
+    repeated: tensors of the base that its file repeats (PEFT does with targeted embeddings, and
+        with modules that it takes for whole ones); they are compared with a model's, never used.
     base: the fingerprint of the model it was trained on (`fingerprint`), where known.
     facts: what else its file said of it (task, base model's name), kept for writing.
     probes: inputs and what the adapted model said to them when it was saved.

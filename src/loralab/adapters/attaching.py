@@ -21,7 +21,7 @@ from loralab.adapters.installing import (
     token_modules,
 )
 from loralab.adapters.settings import LoRAConfig
-from loralab.adapters.targets import packed_faults, row_conflicts, select, walk
+from loralab.adapters.targets import follow_attention, packed_faults, row_conflicts, select, walk
 from loralab.adapters.using import hosted, merged_name
 from loralab.errors import AdapterError, TargetError
 from loralab.lowrank import Initialiser, Start, initialiser, kaiming
@@ -61,6 +61,7 @@ def attach(
     faults += packed_faults(config, modules, pairs)
     if faults:
         raise TargetError("; ".join(faults), "see `loralab.targets(model)` for what there is.")
+    config = follow_attention(config, pairs)
     drawn = {
         path: draw(modules[path], path, config, seed or 0, (starts or {}).get(path))
         for path in pairs

@@ -13,7 +13,7 @@ from loralab.adapters.doubles import plain_tensors
 from loralab.adapters.hosting import adapted_modules
 from loralab.adapters.installing import hosting
 from loralab.adapters.items import Own, Pair, Rows
-from loralab.adapters.peft_limits import apart_at
+from loralab.adapters.peft_limits import apart_at, bystanders, other_names
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.targets import walk
 
@@ -53,8 +53,9 @@ def collect(model: nn.Module, name: str, value: Callable[[Tensor], Tensor]) -> A
         if item is not None:
             parts.add(path, item)
     modules = dict(walk(model))
+    others = other_names(modules)
     for path in parts.pairs:
-        reason = apart_at(modules, path, parts.pairs)
+        reason = apart_at(modules, path, parts.pairs, others)
         if reason:
             parts.layers[path] = replace(parts.layers[path], apart=reason)
     return Adapter(
@@ -65,6 +66,11 @@ def collect(model: nn.Module, name: str, value: Callable[[Tensor], Tensor]) -> A
         token_rows=parts.token_rows,
         layers=parts.layers,
         whole_modules=tuple(parts.whole),
+        repeated={
+            f"{path}.{key}": value(tensor)
+            for path in bystanders(modules, parts.whole)
+            for key, tensor in plain_tensors(modules[path]).items()
+        },
         base=host.fingerprint or None,
         facts={**model_facts(model, parts.pairs), **host.facts.get(name, {})},
         probes=host.probes.get(name, ()),
@@ -134,6 +140,9 @@ def model_facts(model: nn.Module, pairs: Mapping[str, Any]) -> dict[str, str]:
     where = getattr(config, "_name_or_path", None)
     if isinstance(where, str) and where:
         facts["base_model"] = where
+    if getattr(config, "is_encoder_decoder", False):
+        takes_text = getattr(model, "main_input_name", "") == "input_ids"
+        facts["sequence_to_sequence"] = str(takes_text).lower()
     return facts
 
 

@@ -10,7 +10,7 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.convolutions import shape_of_delta
 from loralab.adapters.doubles import plain_tensors
 from loralab.adapters.installing import bias_of
-from loralab.adapters.peft_limits import apart_at
+from loralab.adapters.peft_limits import apart_at, other_names
 from loralab.adapters.targets import (
     missing_targets,
     no_low_rank_form,
@@ -95,6 +95,7 @@ def _faults_of_rows(adapter: Adapter, modules: Modules) -> list[str]:
 
 def _faults_of_pairs(adapter: Adapter, modules: Modules) -> list[str]:
     faults = []
+    others = other_names(modules)
     for path, (A, B) in adapter.pairs.items():
         module = modules.get(path)
         if module is None:
@@ -112,7 +113,7 @@ def _faults_of_pairs(adapter: Adapter, modules: Modules) -> list[str]:
         magnitude = adapter.magnitudes.get(path)
         if magnitude is not None and magnitude.shape != (B.shape[0],):
             faults.append(f"{path}: magnitude of shape {tuple(magnitude.shape)}")
-        reason = apart_at(modules, path, adapter.pairs)
+        reason = apart_at(modules, path, adapter.pairs, others)
         if reason and not layer.apart:
             faults.append(f"{path}: {reason}, so that its adapter means something else here")
     return faults

@@ -16,6 +16,7 @@ from loralab.adapters.items import Own, Pair, Rows
 from loralab.adapters.rows import probe_rows
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.targets import walk
+from loralab.adapters.tying import tied_tables
 from loralab.errors import AdapterError, nearest
 
 
@@ -105,15 +106,13 @@ class Installer:
         self._put(path, copied)
 
     def rows(self, path: str, indices: Tensor, rows: Tensor) -> None:
-        """Rows of an embedding, and of every other module whose weight is the embedding's own."""
+        """Rows of an embedding, and of every module whose weight is declared tied to it."""
         item = Rows(indices, rows)
-        table = self.modules[path].weight
         self._put(path, item)
-        for other, module in self.modules.items():
-            if other != path and module._parameters.get("weight") is table:
-                tied = Rows(indices, rows, tied=True)
-                tied.rows = item.rows  # one parameter on both sides
-                self._put(other, tied)
+        for other in tied_tables(self.modules, path):
+            tied = Rows(indices, rows, tied=True)
+            tied.rows = item.rows  # one parameter on both sides
+            self._put(other, tied)
 
     def _put(self, path: str, item: nn.Module) -> None:
         module = self.modules[path]

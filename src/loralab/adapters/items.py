@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loralab.adapters.adapter import Layer
-from loralab.adapters.layers import Path, low_rank
+from loralab.adapters.layers import Path, low_rank, scaled_like
 from loralab.adapters.noise import draw_places, kept
 
 
@@ -141,7 +141,8 @@ class Rows(nn.Module):
         sorted_indices = self.indices[order]
         place = torch.searchsorted(sorted_indices, x.contiguous()).clamp_max(len(order) - 1)
         hit = sorted_indices[place] == x
-        return weight * torch.where(hit[..., None], change[order][place], torch.zeros_like(y))
+        found = scaled_like(module, change[order])[place]
+        return weight * torch.where(hit[..., None], found, torch.zeros_like(y))
 
     def extra_repr(self) -> str:
         return f"{len(self.indices)} rows"

@@ -79,12 +79,28 @@ class TransposedPath(LinearPath):
 
 
 class EmbeddingPath(TransposedPath):
-    """nn.Embedding: a linear layer on one-hot inputs whose weight (in, out) is looked up."""
+    """nn.Embedding: a linear layer on one-hot inputs whose weight (in, out) is looked up.
+
+    Some models scale what they have looked up (Gemma, BART): then the delta is scaled, too.
+    """
+
+    @no_type_check
+    def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
+        return scaled_like(module, F.linear(hidden, B))
 
     @no_type_check
     def shrink(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         embedding = cast(nn.Embedding, module)
         return F.embedding(x, A.mT, embedding.padding_idx, None, 2.0, False, False)
+
+
+@no_type_check
+def scaled_like(module: nn.Module, rows: Tensor) -> Tensor:
+    """Rows times what the embedding multiplies those by that it looks up."""
+    scale = getattr(module, "embed_scale", None)
+    if scale is None:
+        return rows
+    return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
 
 
 _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
@@ -162,7 +178,19 @@ def path_of(module: nn.Module) -> Path | None:
     path = next((path for kind, path, _ in _PATHS if isinstance(module, kind)), None)
     if path is ATTENTION and getattr(module, "in_proj_weight", None) is None:
         return None  # separate query, key and value weights of different sizes
+    if path in (EMBEDDING, CONVOLUTION) and not _computes_plainly(module):
+        return None  # positions that are computed inside, padding that depends on the input
     return path
+
+
+_PLAIN_FORWARDS = tuple(c.forward for c in (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+@no_type_check
+def _computes_plainly(module: nn.Module) -> bool:
+    """Whether the module's forward is its kind's own, but for the scale of an embedding."""
+    forward = getattr(module, "base_class", type(module)).forward
+    return forward in _PLAIN_FORWARDS or hasattr(module, "embed_scale")
 
 
 def layer_of(module: nn.Module) -> Layer:

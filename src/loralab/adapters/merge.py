@@ -34,7 +34,8 @@ from loralab.adapters.merging import (
     weight_name,
 )
 from loralab.adapters.peft_format import content_hash
-from loralab.adapters.tying import can_be_declared_untied
+from loralab.adapters.targets import walk
+from loralab.adapters.tying import can_be_declared_untied, tied_tables
 from loralab.adapters.using import merged_name, use
 from loralab.errors import AdapterError
 from loralab.files import replacing, write_json, write_text
@@ -125,8 +126,12 @@ def changed_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     for module, path, name in _weights(model, adapter):
         weight = own[name].detach()
         replaced[name] = merged_weight(module, weight, change_at(adapter, path, weight.device))
+    modules = dict(walk(model)) if adapter.token_rows else {}
     for path, (rows, values) in adapter.token_rows.items():
-        _replace_rows(own, replaced, f"{path}.weight", rows, values)
+        table = own[f"{path}.weight"].detach().clone()
+        table[rows.to(table.device)] = values.to(table)
+        for side in (path, *tied_tables(modules, path)):  # one tensor, so that they stay tied
+            replaced[f"{side}.weight"] = table
     for name, tensor in adapter.extra.items():
         replaced[name] = tensor.detach().to(device=own[name].device, dtype=own[name].dtype)
     return replaced
@@ -221,25 +226,6 @@ def _weights(model: nn.Module, adapter: Adapter) -> Iterator[tuple[nn.Module, st
         module = model.get_submodule(path)
         name = weight_name(module)
         yield module, path, f"{path}.{name}" if path else name
-
-
-def _replace_rows(
-    own: Mapping[str, Tensor],
-    replaced: dict[str, Tensor],
-    name: str,
-    rows: Tensor,
-    values: Tensor,
-) -> None:
-    """New token rows in an embedding's table and in every output layer tied to it."""
-    made: dict[int, Tensor] = {}
-    for other, tensor in own.items():
-        if tensor is own[name]:
-            table = replaced.get(other, tensor)
-            if id(table) not in made:
-                copied = table.detach().clone()
-                copied[rows.to(copied.device)] = values.to(copied)
-                made[id(table)] = copied
-            replaced[other] = made[id(table)]
 
 
 def put_all(model: nn.Module, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:

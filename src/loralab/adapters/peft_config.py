@@ -148,6 +148,9 @@ def _task_type(adapter: Adapter) -> str | None:
     """PEFT adds a head to train for these tasks; so none is named where the head is not ours."""
     name = adapter.facts.get("model_class", "")
     task = next((task for ending, task in TASK_TYPES.items() if name.endswith(ending)), None)
+    task = adapter.facts.get("task_type", task)
+    if task == "SEQ_2_SEQ_LM" and adapter.facts.get("sequence_to_sequence") == "false":
+        return None  # speech and pictures in: PEFT's class for text hands over other inputs
     has_head = any(w.rpartition(".")[2] in ("score", "classifier") for w in adapter.whole_modules)
     if task in ("SEQ_CLS", "TOKEN_CLS") and not has_head:
         return None

@@ -28,6 +28,7 @@ from loralab.adapters.peft_names import (
     MODEL_CLASS,
     PEFT_APPLIES_OUT_PROJ,
     PREFIX,
+    REPEATED,
     TOKENS,
     WEIGHTS_FILE,
     is_inner,
@@ -75,9 +76,11 @@ def _metadata(adapter: Adapter, config: Mapping[str, Any], content: str) -> dict
         if layer.base_groups > layer.groups
     }
     apart = {path: layer.apart for path, layer in layers.items() if layer.apart}
+    repeated = dict.fromkeys(_bystanders(adapter), True)
     metadata = {"format": "pt", CONTENT: content, CONFIG_CHECKSUM: _config_checksum(config)}
-    for key, table in ((BASE, adapter.base), (GROUPED, grouped or None), (APART, apart or None)):
-        if table is not None:
+    tables = ((BASE, adapter.base), (GROUPED, grouped), (APART, apart), (REPEATED, repeated))
+    for key, table in tables:
+        if table or (key == BASE and table is not None):
             metadata[key] = json.dumps(dict(table), separators=(",", ":"))
     if "model_class" in adapter.facts:
         metadata[MODEL_CLASS] = adapter.facts["model_class"]
@@ -119,7 +122,16 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
         module, _, last = name.rpartition(".")
         inner = f"{peft_name(module, adapter.pairs)}{INNER}{last}"
         tensors[inner if module in adapter.pairs else name] = tensor
+    tensors |= _bystanders(adapter)
     return {PREFIX + name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _bystanders(adapter: Adapter) -> dict[str, Tensor]:
+    """The repeated tensors that PEFT asks for; it does not ask for a targeted embedding's."""
+    repeated = adapter.repeated.items()
+    return {
+        name: tensor for name, tensor in repeated if name.rpartition(".")[0] not in adapter.pairs
+    }
 
 
 def read_adapter(path: str | Path) -> Adapter:

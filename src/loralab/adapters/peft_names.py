@@ -26,7 +26,7 @@ PEFT_APPLIES_OUT_PROJ = 2
 # our entries in the metadata of the tensors' file
 CONTENT, BASE, MODEL_CLASS = "loralab.content", "loralab.base", "loralab.model_class"
 CONFIG_CHECKSUM = "loralab.config_checksum"
-GROUPED, APART = "loralab.grouped", "loralab.apart"
+GROUPED, APART, REPEATED = "loralab.grouped", "loralab.apart", "loralab.repeated"
 
 
 def peft_name(path: str, paths: Container[str]) -> str:

@@ -22,6 +22,7 @@ from loralab.adapters.peft_names import (
     PARTS,
     PEFT_APPLIES_OUT_PROJ,
     PREFIX,
+    REPEATED,
     TOKENS,
     is_inner,
 )
@@ -42,6 +43,9 @@ def assemble(
     before = len(faults)
     parts = _sort(tensors, faults)
     _check_finite(tensors, faults)
+    for name in _table(metadata, REPEATED, faults):
+        if name in parts.extra:
+            parts.repeated[name] = parts.extra.pop(name)
     ours = _Ours(
         grouped=_table(metadata, GROUPED, faults),
         apart=_table(metadata, APART, faults),
@@ -56,6 +60,8 @@ def assemble(
         facts["base_model"] = raw["base_model_name_or_path"]
     if MODEL_CLASS in metadata:
         facts["model_class"] = metadata[MODEL_CLASS]
+    if isinstance(raw.get("task_type"), str):
+        facts["task_type"] = raw["task_type"]
     if raw.get("fan_in_fan_out"):
         facts["fan_in_fan_out"] = "true"
     return Adapter(

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from loralab.errors import ConfigError, nearest
 from loralab.lowrank import INITIALISERS, SCALINGS, ScalingName, scale_of
@@ -59,14 +59,19 @@ class LoRAConfig:
             raise ConfigError(
                 "adapter settings: " + "; ".join(faults), "mend them all and attach again."
             )
+        self._freeze("_ranks", _Patterns(self.rank_pattern))
+        self._freeze("_alphas", _Patterns(self.alpha_pattern))
 
-    def rank_at(self, module: str) -> int:
-        """The rank at the module of that full name."""
-        return _by_pattern(self.rank_pattern, module, self.rank)
+    _ranks: ClassVar["_Patterns"]  # of an instance, but no field of it
+    _alphas: ClassVar["_Patterns"]
 
-    def alpha_at(self, module: str) -> float | int:
-        """The alpha at the module of that full name."""
-        return _by_pattern(self.alpha_pattern, module, self.alpha)
+    def rank_at(self, module: str, default: int | None = None) -> int:
+        """The rank at the module of that full name; where no pattern names it, the default."""
+        return self._ranks.find(module, self.rank if default is None else default)
+
+    def alpha_at(self, module: str, default: float | int | None = None) -> float | int:
+        """The alpha at the module of that full name; where no pattern names it, the default."""
+        return self._alphas.find(module, self.alpha if default is None else default)
 
     def scale_at(self, module: str, rank: int) -> float:
         """The factor before `B @ A` at the module of that full name, whose pair has that rank."""
@@ -83,12 +88,32 @@ def _strings(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the name or a suffix of it (PEFT's rule)."""
-    for key, value in pattern.items():
-        if module == key or re.fullmatch(rf"(.*\.)?({key})", module):
-            return value
-    return default
+class _Patterns:
+    """Values by patterns of names: the first that matches a name or a suffix of it (PEFT's rule).
+
+    Patterns that are one name, anchored, are looked up; there may be one for each module.
+    """
+
+    def __init__(self, pattern: Mapping[str, Any]) -> None:
+        self._exact: dict[str, tuple[int, Any]] = {}
+        self._expressions: list[tuple[int, re.Pattern[str], Any]] = []
+        for position, (key, value) in enumerate(pattern.items()):
+            name = key[1:].replace(r"\.", ".")
+            if key == "^" + name.replace(".", r"\.") and re.fullmatch(r"[\w.-]+", name):
+                self._exact.setdefault(name, (position, value))
+            else:
+                expression = re.compile(rf"(.*\.)?({key})")
+                self._expressions.append((position, expression, value))
+
+    def find(self, name: str, default: Any) -> Any:
+        """The value of the first pattern that matches."""
+        last, found = self._exact.get(name, (len(self._expressions) + len(self._exact), default))
+        for position, expression, value in self._expressions:
+            if position > last:
+                break
+            if expression.fullmatch(name):
+                return value
+        return found
 
 
 def _faults(config: LoRAConfig) -> list[str]:

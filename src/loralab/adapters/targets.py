@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 
 from torch import nn
 
 from loralab.adapters.layers import is_linear, path_of
+from loralab.adapters.peft_names import is_inner
 from loralab.adapters.settings import LoRAConfig
+from loralab.adapters.tying import tied_tables
 from loralab.errors import TargetError
 
 ADAPTERS = "adapters"  # the child that holds a module's adapters
@@ -17,15 +20,17 @@ HEAD_NAMES = frozenset({"lm_head", "score", "classifier", "classification_head",
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules` of the base: adapters are not entered, so that it costs the same with any
     number of them. A module under two names is given once, under the first."""
-    seen = {id(model)}
+    seen: set[int] = set()
     stack = [("", model)]
     while stack:
         name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         yield name, module
         prefix = f"{name}." if name else ""
         for key, child in reversed(module._modules.items()):
-            if child is not None and key != ADAPTERS and id(child) not in seen:
-                seen.add(id(child))
+            if child is not None and key != ADAPTERS:
                 stack.append((prefix + key, child))
 
 
@@ -195,6 +200,29 @@ def packed_faults(
     ]
 
 
+def follow_attention(config: LoRAConfig, paths: Sequence[str]) -> LoRAConfig:
+    """The settings with an attention's rank and alpha for its output projection, too.
+
+    Patterns that name the projection itself decide before.
+    """
+    owners = {path: path.removesuffix(".out_proj") for path in paths if is_inner(path, paths)}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float | int] = {}
+    for path, owner in owners.items():
+        key = "^" + path.replace(".", r"\.")
+        ranks[key] = config.rank_at(path, config.rank_at(owner))
+        alphas[key] = config.alpha_at(path, config.alpha_at(owner))
+    ranks = {key: rank for key, rank in ranks.items() if rank != config.rank}
+    alphas = {key: alpha for key, alpha in alphas.items() if alpha != config.alpha}
+    if not ranks and not alphas:
+        return config
+    return replace(
+        config,
+        rank_pattern=ranks | dict(config.rank_pattern),
+        alpha_pattern=alphas | dict(config.alpha_pattern),
+    )
+
+
 def row_conflicts(
     modules: Mapping[str, nn.Module], tables: Iterable[str], taken: Container[str]
 ) -> list[str]:
@@ -204,11 +232,9 @@ def row_conflicts(
     """
     faults = []
     for path in tables:
-        table = modules[path]._parameters.get("weight") if path in modules else None
-        for other, module in modules.items():
-            tied = table is not None and module._parameters.get("weight") is table
+        for other in [path, *tied_tables(modules, path)] if path in modules else ():
             owners = [other] + [other.rsplit(".", n)[0] for n in range(1, other.count(".") + 1)]
-            if tied and any(owner in taken for owner in owners):
+            if any(owner in taken for owner in owners):
                 of = path if other == path else f"{path}, to which {other} is tied,"
                 faults.append(f"token_rows of {of} meet another change of the same weight: {other}")
     return faults

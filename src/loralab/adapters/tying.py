@@ -1,11 +1,39 @@
-"""Saying in a transformers config that tied weights are tied no more."""
+"""Weights that a transformers model declares tied, and how its config says that they no longer are.
+
+Two modules may also share a parameter without a word. Then a change of one side stays there.
+"""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 FLAG = "tie_word_embeddings"
+
+
+def declared_ties(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Full names of the weights that a model, or a model inside it, declares tied to another."""
+    found: set[str] = set()
+    for path, module in modules.items():
+        ties = getattr(module, "all_tied_weights_keys", None)
+        for pair in ties.items() if isinstance(ties, Mapping) else ():
+            found.update(f"{path}.{name}" if path else name for name in pair)
+    return found
+
+
+def tied_tables(modules: Mapping[str, nn.Module], path: str) -> list[str]:
+    """The other modules whose weight is declared tied to this embedding's, and is it."""
+    table = modules[path]._parameters.get("weight")
+    sharing = [
+        other
+        for other, module in modules.items()
+        if other != path and table is not None and module._parameters.get("weight") is table
+    ]
+    if not sharing:
+        return []
+    declared = declared_ties(modules)
+    return [other for other in sharing if f"{other}.weight" in declared]
 
 
 def can_be_declared_untied(model: nn.Module) -> bool:
