@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from loralab import lowrank
 from loralab.adapters.adapter import Adapter, Layer
-from loralab.adapters.fingerprint import check_fingerprint
+from loralab.adapters.combining_faults import Plan, check_combination, is_itself
 from loralab.adapters.layers import path_of
-from loralab.adapters.mixing import mix_rows, mix_tensors, some, tensors_of
+from loralab.adapters.mixing import mix_rows, mix_tensors
 from loralab.adapters.settings import LoRAConfig
 from loralab.errors import AdapterError, nearest
 from loralab.lowrank import Approximation, Factors, Number, RowStream
@@ -99,12 +99,10 @@ def combination(
     """
     if method not in METHODS:
         raise AdapterError(f"unknown method {method!r} of combining", nearest(method, METHODS))
-    _check(adapters, weights, method, density, base, rank, energy)
-    if len(adapters) == 1 and weights[0] == 1 and METHODS[method] is _linear:
-        whole = rank is None and energy is None
-        if whole:
-            return Combination(adapters[0], {}, ())
-    plan = _Plan(method, rank, energy, density, seed)
+    plan = Plan(method, rank, energy, density, seed, METHODS[method] is _linear)
+    check_combination(adapters, weights, plan, base)
+    if is_itself(adapters, weights, plan):
+        return Combination(adapters[0], {}, ())
     modules = dict.fromkeys(module for adapter in adapters for module in adapter.pairs)
     pairs = {module: _combine_pairs(module, adapters, weights, plan, base) for module in modules}
     errors = {module: pair.error for module, pair in pairs.items() if pair.error > 0}
@@ -114,23 +112,14 @@ def combination(
     return Combination(_assemble(adapters, pairs, extra, rows), errors, tuple(notes))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    method: str
-    rank: int | None
-    energy: Number | None
-    density: Number | None
-    seed: int
+Merge = Callable[[Sequence[Factors], Sequence[Number], Plan], Approximation]
 
 
-Merge = Callable[[Sequence[Factors], Sequence[Number], _Plan], Approximation]
-
-
-def _linear(factors: Sequence[Factors], weights: Sequence[Number], plan: _Plan) -> Approximation:
+def _linear(factors: Sequence[Factors], weights: Sequence[Number], plan: Plan) -> Approximation:
     return _cut(lowrank.linear(factors, weights), plan)
 
 
-def _ties(factors: Sequence[Factors], weights: Sequence[Number], plan: _Plan) -> Approximation:
+def _ties(factors: Sequence[Factors], weights: Sequence[Number], plan: Plan) -> Approximation:
     density = 0.2 if plan.density is None else plan.density
     return lowrank.ties(
         factors, weights, density=density, rank=plan.rank, energy=plan.energy, seed=plan.seed
@@ -140,7 +129,7 @@ def _ties(factors: Sequence[Factors], weights: Sequence[Number], plan: _Plan) ->
 def _dare(
     factors: Sequence[Factors],
     weights: Sequence[Number],
-    plan: _Plan,
+    plan: Plan,
 ) -> Approximation:
     return lowrank.dare(
         factors,
@@ -153,7 +142,7 @@ def _dare(
     )
 
 
-def _knots(factors: Sequence[Factors], weights: Sequence[Number], plan: _Plan) -> Approximation:
+def _knots(factors: Sequence[Factors], weights: Sequence[Number], plan: Plan) -> Approximation:
     density = 0.2 if plan.density is None else plan.density
     return _cut(lowrank.knots(factors, weights, density=density, seed=plan.seed), plan)
 
@@ -168,7 +157,7 @@ METHODS: dict[str, Merge] = {
 }
 
 
-def _cut(factors: Factors, plan: _Plan) -> Approximation:
+def _cut(factors: Factors, plan: Plan) -> Approximation:
     if plan.rank is None and plan.energy is None:
         return Approximation(factors, 0.0, 0.0)
     return lowrank.truncate(factors, rank=plan.rank, energy=plan.energy)
@@ -193,7 +182,7 @@ def _combine_pairs(
     module: str,
     adapters: Sequence[Adapter],
     weights: Sequence[Number],
-    plan: _Plan,
+    plan: Plan,
     base: nn.Module | None,
 ) -> _Pair:
     having = [(a, w) for a, w in zip(adapters, weights, strict=True) if module in a.pairs]
@@ -236,7 +225,7 @@ def _join_groups(found: Sequence[Approximation], layer: Layer) -> _Pair:
 
 
 def _combine_dora(
-    module: str, having: list[tuple[Adapter, Number]], plan: _Plan, base: nn.Module
+    module: str, having: list[tuple[Adapter, Number]], plan: Plan, base: nn.Module
 ) -> Approximation:
     """The nearest thin factors to `sum w (m / ||W + s B A|| (W + s B A) - W)`, rows at a time."""
     owner = base.get_submodule(module)
@@ -295,104 +284,10 @@ def _assemble(
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Every module with its value where one differs; a name comes before names it ends with."""
-    if all(value == default for value in values.values()):
-        return {}
-    return {name: values[name] for name in sorted(values, key=lambda name: -name.count("."))}
-
-
-def _check(
-    adapters: Sequence[Adapter],
-    weights: Sequence[Number],
-    method: str,
-    density: Number | None,
-    base: nn.Module | None,
-    rank: int | None,
-    energy: Number | None,
-) -> None:
-    if not adapters or len(adapters) != len(weights):
-        raise AdapterError(
-            f"{len(adapters)} adapters but {len(weights)} weights",
-            "give at least one adapter and one weight for each.",
-        )
-    faults = [f"weight {weight} is not finite" for weight in weights if not abs(weight) < 1e300]
-    if density is not None and METHODS[method] is _linear:
-        faults.append(f"method {method!r} has no density")
-    faults += _base_faults(adapters)
-    faults += _shape_faults(adapters)
-    faults += _zero_sum_faults(adapters, weights, base)
-    itself = len(adapters) == 1 and weights[0] == 1 and rank is None and energy is None
-    if any(adapter.magnitudes for adapter in adapters) and not itself:
-        faults += _dora_faults(adapters, method, base, rank, energy)
-    if faults:
-        raise AdapterError(
-            "\n  - ".join([f"cannot combine: {len(faults)} fault(s)", *faults]),
-            "mend them all, or keep the adapters apart and mix them with a route:"
-            ' `loralab.use(model, {"a": 0.7, "b": 0.3})`.',
-        )
-
-
-def _base_faults(adapters: Sequence[Adapter]) -> list[str]:
-    known = [adapter.base for adapter in adapters if adapter.base]
-    for other in known[1:]:
-        try:
-            check_fingerprint(known[0], other)
-        except AdapterError as error:
-            return [error.cause]
-    return []
-
-
-def _shape_faults(adapters: Sequence[Adapter]) -> list[str]:
-    shapes: dict[str, set[tuple[int, ...]]] = {}
-    kinds: dict[str, set[tuple[object, ...]]] = {}
-    for adapter in adapters:
-        for module, (A, B) in adapter.pairs.items():
-            shapes.setdefault(f"delta of {module!r}", set()).add((B.shape[0], A.shape[1]))
-            kinds.setdefault(module, set()).add(adapter.layer(module).form)
-        for name, tensor in adapter.extra.items():
-            shapes.setdefault(f"tensor {name!r}", set()).add(tuple(tensor.shape))
-        for module, (_, rows) in adapter.token_rows.items():
-            shapes.setdefault(f"token rows of {module!r}", set()).add(tuple(rows.shape[1:]))
-    faults = [
-        f"{name} has different shapes: " + ", ".join(str(shape) for shape in sorted(found))
-        for name, found in shapes.items()
-        if len(found) > 1
-    ]
-    return faults + [
-        f"{module!r} is a different kind of layer in different adapters"
-        for module, found in kinds.items()
-        if len(found) > 1
-    ]
-
-
-def _zero_sum_faults(
-    adapters: Sequence[Adapter], weights: Sequence[Number], base: nn.Module | None
-) -> list[str]:
-    """Whole tensors whose weighted mean would divide by zero (a - b without the base)."""
-    known = tensors_of(base)
-    faults = []
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter.extra):
-        own = [w for a, w in zip(adapters, weights, strict=True) if name in a.extra]
-        if name not in known and len(own) > 1 and abs(sum(own)) < 1e-12:
-            faults.append(f"{name!r}: weights that sum to zero have no mean; give the base model")
-    return faults
-
-
-def _dora_faults(
-    adapters: Sequence[Adapter],
-    method: str,
-    base: nn.Module | None,
-    rank: int | None,
-    energy: Number | None,
-) -> list[str]:
-    modules = sorted({module for adapter in adapters for module in adapter.magnitudes})
-    cause = f"DoRA at {some(modules)}: its delta is of full rank and depends on the base"
-    if METHODS[method] is not _linear:
-        return [f"{cause}; only method 'linear' can approximate it"]
-    if base is None or (rank is None and energy is None):
-        return [f"{cause}; give `base` and a rank or energy to approximate it, or merge it"]
-    owners = dict(base.named_modules())
-    return [f"the base has no module {name!r}" for name in modules if name not in owners]
+    """The modules whose value differs, as patterns of their whole names."""
+    return {
+        "^" + name.replace(".", r"\."): value for name, value in values.items() if value != default
+    }
 
 
 def _unknown_module(module: str) -> AdapterError:
