@@ -3,11 +3,12 @@
 import copy
 import pickle
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft_oracle import shake
+from peft_oracle import peft_writes, shake
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import MODELS, build, inputs, logits
@@ -22,6 +23,7 @@ from loralab.adapters import (
     extract,
     hosted,
     install,
+    load_adapter,
     lora_ga_starts,
     targets,
     use,
@@ -389,3 +391,22 @@ def test_rows_of_a_tied_table_are_not_changed_twice(settings: dict[str, list[str
     with pytest.raises(TargetError, match=r"token_rows of model\.embed_tokens.* another change"):
         attach(model, LoRAConfig(rank=2, token_rows=rows, **settings))  # pyright: ignore
     assert hosted(model) == ()
+
+
+def test_an_exclusion_may_be_an_expression() -> None:
+    model = build("llama")
+    every = LoRAConfig(rank=2, targets="all-linear", exclude=r".*layers\.0\..*|.*\.(q|k)_proj")
+    attach(model, every)
+    found = set(extract(model, "default").pairs)
+    kinds = ("self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+    assert found == {f"model.layers.1.{kind}" for kind in (*kinds, "mlp.down_proj")}
+    with pytest.raises(TargetError, match=r"exclusion 'nothing' .* matches no module"):
+        attach(model, LoRAConfig(rank=2, exclude="nothing"), "b")
+
+
+def test_what_peft_excludes_by_an_expression_is_not_missed(tmp_path: Path) -> None:
+    base = build("llama")
+    theirs = {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.0\..*"}
+    peft_writes(base, tmp_path, r=2, **theirs)
+    load_adapter(base, tmp_path)
+    assert list(extract(base, "default").pairs) == ["model.layers.1.self_attn.q_proj"]

@@ -200,7 +200,8 @@ DAMAGES: dict[str, Damage] = {
         target_modules=[3, {"a": 1}, [1], "(", ["q_proj", None]],
         rank_pattern=[[1], {"q_proj": "x"}, {"(": 4}, {"q_proj": 3}, 7],
         alpha_pattern=[{"q_proj": float("nan")}, {"q_proj": None}, "x"],
-        modules_to_save=[5, [5], ["../up"], {"a": 1}],
+        modules_to_save=[5, [5], ["../up"], ["/etc"], {"a": 1}],
+        exclude_modules=[["../q_proj"], ["C:\\q_proj"], 3],
         bias=["some", 3],
         use_rslora=["yes", 3],
         use_dora=[True, "no"],
@@ -208,7 +209,7 @@ DAMAGES: dict[str, Damage] = {
         trainable_token_indices=["x", {"embed_tokens": "x"}, [1.5]],
         init_lora_weights=["pissa", "olora", "loftq", "pissa_niter_4", [1]],
         task_type=["SOMETHING", 5],
-        base_model_name_or_path=["../../etc/passwd", 5],
+        base_model_name_or_path=["../../etc/passwd", "/etc/passwd", "C:\\base", "a\\..\\b", 5],
         layer_replication=[[[0, 1]]],
         alora_invocation_tokens=[[1, 2]],
         target_parameters=[["x"]],
@@ -289,3 +290,14 @@ def test_a_pickle_is_refused_with_the_conversion(
     pickled(folder, random.Random(0))
     with pytest.raises(AdapterError, match=r"adapter_model.bin is a pickle.*weights_only=True"):
         load_adapter(model, folder)
+
+
+def test_a_base_in_a_folder_of_this_machine_is_no_fault(valid: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    build("llama").save_pretrained(base)  # pyright: ignore
+    folder = tmp_path / "adapter"
+    shutil.copytree(valid, folder)
+    raw = json.loads((folder / CONFIG).read_text()) | {"base_model_name_or_path": str(base)}
+    (folder / CONFIG).write_text(json.dumps(raw))
+    tensors(lambda found, _: None)(folder, random.Random(0))
+    load_adapter(build("llama"), folder)

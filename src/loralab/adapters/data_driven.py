@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loralab.adapters.layers import CONVOLUTION, EMBEDDING, Path, path_of
 from loralab.adapters.settings import LoRAConfig
-from loralab.adapters.targets import select, walk
+from loralab.adapters.targets import excluding, select, walk
 from loralab.errors import AdapterError
 from loralab.lowrank import (
     Initialiser,
@@ -64,7 +64,7 @@ def eva_starts(
     ranks = allocate_ranks({name: spectra[name].explained_variance for name in names}, config.rank)
     pattern = {"^" + name.replace(".", r"\."): rank for name, rank in ranks.items() if rank}
     without = tuple(name for name, rank in ranks.items() if rank == 0)
-    changed = replace(config, rank_pattern=pattern, exclude=(*config.exclude, *without))
+    changed = excluding(replace(config, rank_pattern=pattern), without)
     return {name: starts[name] for name, rank in ranks.items() if rank}, changed
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -138,8 +139,8 @@ def model_facts(model: nn.Module, pairs: Mapping[str, Any]) -> dict[str, str]:
         facts["fan_in_fan_out"] = "true"
     config = getattr(model, "config", None)
     where = getattr(config, "_name_or_path", None)
-    if isinstance(where, str) and where:
-        facts["base_model"] = where
+    if isinstance(where, str) and where and not Path(where).is_absolute():
+        facts["base_model"] = where  # a folder of this machine means nothing on another
     if getattr(config, "is_encoder_decoder", False):
         takes_text = getattr(model, "main_input_name", "") == "input_ids"
         facts["sequence_to_sequence"] = str(takes_text).lower()

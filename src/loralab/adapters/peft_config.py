@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from loralab.adapters.adapter import Adapter
@@ -62,7 +63,7 @@ def from_peft(raw: Any, faults: list[str]) -> LoRAConfig | None:
             rank=raw.get("r", 8),
             alpha=float(raw.get("lora_alpha", 8)),
             targets=raw.get("target_modules") or (),
-            exclude=_listed(raw.get("exclude_modules")),
+            exclude=raw.get("exclude_modules") or (),
             dropout=float(raw.get("lora_dropout") or 0.0),
             scaling="alpha/sqrt(rank)" if raw.get("use_rslora") else "alpha/rank",
             whole_modules=raw.get("modules_to_save") or (),
@@ -197,12 +198,30 @@ def _check_types(raw: Mapping[str, Any], faults: list[str]) -> None:
         for key, (fits, wanted) in kinds.items()
         if key in raw and not (raw[key] is None and key not in REQUIRED) and not fits(raw[key])
     )
-    faults.extend(
-        f"{key} holds {value!r}, a path that climbs out of its folder"
-        for key in ("base_model_name_or_path", "modules_to_save")
-        for value in _listed(raw.get(key))
-        if isinstance(value, str) and ".." in value.split("/")
-    )
+    _check_paths(raw, faults)
+
+
+def _check_paths(raw: Mapping[str, Any], faults: list[str]) -> None:
+    """Names every path that leads out of the folder, and every name of a module that is a path.
+
+    A base may be a folder of this machine: then it is there.
+    """
+    base = raw.get("base_model_name_or_path")
+    if isinstance(base, str):
+        absolute = PurePosixPath(base).is_absolute() or PureWindowsPath(base).is_absolute()
+        climbs = ".." in base.replace("\\", "/").split("/")
+        if climbs or (absolute and not (Path(base) / "config.json").is_file()):
+            faults.append(
+                f"base_model_name_or_path holds {base!r}, a path out of its folder that is no model"
+                " here; remove that entry"
+            )
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = raw.get(key)
+        faults.extend(
+            f"{key} holds {name!r}, a path and no module's name"
+            for name in (names if isinstance(names, list) else ())
+            if isinstance(name, str) and ("/" in name or "\\" in name or ".." in name)
+        )
 
 
 def _is_whole(value: Any) -> bool:

@@ -18,7 +18,7 @@ class LoRAConfig:
 
     targets: "all-linear", a regular expression that must match a module's whole name, or a
         sequence of suffixes (`"q_proj"` matches `model.layers.0.self_attn.q_proj`).
-    exclude: suffixes of modules that are left out although a target matches them.
+    exclude: modules that are left out although a target matches them, said as in `targets`.
     layers: the numbers of the repeated blocks that get the adapter; None means all.
     rank_pattern, alpha_pattern: suffix or regular expression of module names -> rank or alpha,
         where it differs from `rank` and `alpha`; the first that matches decides.
@@ -31,7 +31,7 @@ class LoRAConfig:
     rank: int = 16
     alpha: float | int = 32.0
     targets: str | Sequence[str] = "all-linear"
-    exclude: Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
     dropout: float | int = 0.0
     scaling: ScalingName = "alpha/rank"
     init: str = "kaiming"
@@ -44,10 +44,10 @@ class LoRAConfig:
     dora: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("exclude", "whole_modules"):
-            self._freeze(name, _strings(getattr(self, name)))
-        if not isinstance(self.targets, str):
-            self._freeze("targets", _strings(self.targets))
+        self._freeze("whole_modules", _strings(self.whole_modules))
+        for name in ("targets", "exclude"):
+            if not isinstance(getattr(self, name), str):
+                self._freeze(name, tuple(getattr(self, name)))
         if self.layers is not None:
             self._freeze("layers", tuple(self.layers))
         for name in ("rank_pattern", "alpha_pattern"):
@@ -142,8 +142,7 @@ def _faults(config: LoRAConfig) -> list[str]:
     if not config.targets and not config.whole_modules and not config.token_rows:
         faults.append("neither targets nor whole_modules nor token_rows: nothing to train")
     patterns = [*config.rank_pattern, *config.alpha_pattern]
-    if isinstance(config.targets, str):
-        patterns.append(config.targets)
+    patterns += [said for said in (config.targets, config.exclude) if isinstance(said, str)]
     return faults + [fault for pattern in patterns if (fault := _bad_expression(pattern))]
 
 

@@ -56,7 +56,7 @@ def select(model: nn.Module, config: LoRAConfig) -> tuple[list[str], list[str]]:
     faults: list[str] = []
     whole = _by_suffix(config.whole_modules, modules, "whole module", faults)
     faults += [_never_called(name, modules[name]) for name in whole if _is_list(modules[name])]
-    excluded = _by_suffix(config.exclude, modules, "exclusion", faults)
+    excluded = _excluded(config, modules, faults)
     chosen = [
         name
         for name in _targeted(model, config, modules, faults)
@@ -98,7 +98,7 @@ def missing_targets(
         found = list(_by_suffix(config.targets, modules, "", []))
     excluded = {
         *pairs,
-        *_by_suffix(config.exclude, modules, "", []),
+        *_excluded(config, modules, []),
         *(n for n in found if any(n.endswith(w) or f"{w}." in n for w in config.whole_modules)),
     }
     return [n for n in found if n not in excluded and path_of(modules[n]) is not None]
@@ -144,6 +144,24 @@ def _by_expression(
             hint = f"a string must match the whole name; for a suffix write [{expression!r}]"
         faults.append(f"target {expression!r} (a regular expression) matches no module; {hint}")
     return found
+
+
+def _excluded(
+    config: LoRAConfig, modules: Mapping[str, nn.Module], faults: list[str]
+) -> dict[str, None]:
+    if not isinstance(config.exclude, str):
+        return _by_suffix(config.exclude, modules, "exclusion", faults)
+    found = {name: None for name in modules if re.fullmatch(config.exclude, name)}
+    if not found:
+        faults.append(f"exclusion {config.exclude!r} (a regular expression) matches no module")
+    return found
+
+
+def excluding(config: LoRAConfig, names: Sequence[str]) -> LoRAConfig:
+    """The settings with these modules (full names) left out, too."""
+    if not isinstance(config.exclude, str):
+        return replace(config, exclude=(*config.exclude, *names))
+    return replace(config, exclude="|".join([f"(?:{config.exclude})", *map(re.escape, names)]))
 
 
 def _by_suffix(
