@@ -144,6 +144,8 @@ def read_adapter(path: str | Path) -> Adapter:
     adapter, probes = None, ()
     if config is not None and weights is not None:
         adapter = assemble(config, raw or {}, weights.tensors, weights.metadata, faults)
+    if weights is not None:
+        faults.extend(f"tensor {name!r} holds NaN or Inf" for name in weights.not_finite())
     if not faults and weights is not None:
         _check_unchanged(weights, raw, faults)
         probes = read_probes(folder, weights.metadata.get(CONTENT), faults)

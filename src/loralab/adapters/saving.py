@@ -1,6 +1,8 @@
 """Between a model and an adapter's folder."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,7 +43,24 @@ def load_adapter(
     model: nn.Module, path: str | Path, name: str = "default", *, check_base: bool = True
 ) -> None:
     """Reads a PEFT folder and attaches it; see `install` for what is checked first."""
-    _put_on(model, read_adapter(path), name, check_base, copy=False)
+    with _collector_paused():
+        _put_on(model, read_adapter(path), name, check_base, copy=False)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No passes of the garbage collector meanwhile.
+
+    A load makes thousands of objects, all of which stay. They would set off passes over everything
+    that the process holds: the more adapters, the longer.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def install(
@@ -77,25 +96,27 @@ def _put_on(model: nn.Module, adapter: Adapter, name: str, check_base: bool, cop
     installer.host.facts[name] = dict(adapter.facts)
     installer.host.probes[name] = adapter.probes
 
-    def own(tensor: Tensor, path: str) -> Tensor:
-        return tensor.to(device=_device(modules[path]), dtype=torch.float32, copy=copy)
+    def own(tensor: Tensor, device: torch.device) -> Tensor:
+        return tensor.to(device=device, dtype=torch.float32, copy=copy)
 
     for path, (A, B) in adapter.pairs.items():
+        device = _device(modules[path])
         magnitude, bias = adapter.magnitudes.get(path), biases.pop(path, None)
         installer.pair(
             path,
-            own(A, path),
-            own(B, path),
+            own(A, device),
+            own(B, device),
             layer=adapter.layer(path),
-            magnitude=None if magnitude is None else own(magnitude, path),
-            bias=None if bias is None else own(bias, path),
+            magnitude=None if magnitude is None else own(magnitude, device),
+            bias=None if bias is None else own(bias, device),
         )
     for path, copied in copies.items():
         installer.whole(path, copied)
     for path, (indices, rows) in adapter.token_rows.items():
-        installer.rows(path, indices.to(_device(modules[path])), own(rows, path))
+        device = _device(modules[path])
+        installer.rows(path, indices.to(device), own(rows, device))
     for path, bias in biases.items():
-        installer.own(path, {"bias": own(bias, path)})
+        installer.own(path, {"bias": own(bias, _device(modules[path]))})
 
 
 def _device(module: nn.Module) -> torch.device:

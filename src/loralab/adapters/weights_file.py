@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -57,12 +58,20 @@ class WeightsFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     header_checksum: int
-    data_checksum: Future[int]  # computed in a thread of its own while the tensors are sorted
+    digest: Future[tuple[int, bool]]  # made in a thread of its own while the tensors are sorted
 
     def is_intact(self) -> bool:
         """Whether the file has a checksum and agrees with it."""
-        found = _checksum(self.header_checksum, self.data_checksum.result())
+        found = _checksum(self.header_checksum, self.digest.result()[0])
         return self.metadata.get(CHECKSUM) == found
+
+    def not_finite(self) -> list[str]:
+        """Names of the tensors that hold NaN or Inf."""
+        _, finite = self.digest.result()
+        if finite and all(tensor.dtype == torch.float32 for tensor in self.tensors.values()):
+            return []
+        floating = {name: t for name, t in self.tensors.items() if t.is_floating_point()}
+        return [name for name, value in floating.items() if not bool(value.isfinite().all())]
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -84,15 +93,31 @@ def read(file: Path) -> WeightsFile:
         header = handle.read(length)
         data = torch.empty(size - 8 - length, dtype=torch.uint8)  # aligned, unlike bytes
         buffer = data.numpy().data
-        if handle.readinto(buffer) != len(data):
-            raise ValueError("it ends before its header says")
-    pool = ThreadPoolExecutor(1)
-    data_checksum = pool.submit(zlib.crc32, buffer)
-    pool.shutdown(wait=False)
-    spans, metadata = parse_header(header, len(data))
-    tensors = {name: _view(buffer, span) for name, span in spans.items()}
+        worker = ThreadPoolExecutor(1)
+        filled = worker.submit(handle.readinto, buffer)
+        digest = worker.submit(_digest, buffer)
+        worker.shutdown(wait=False)
+        try:
+            spans, metadata = parse_header(header, len(data))
+            tensors = {name: _view(buffer, span) for name, span in spans.items()}
+        finally:
+            num_read = filled.result()
+    if num_read != len(data):
+        raise ValueError("it ends before its header says")
     zeroed = header.replace(_entry(metadata.get(CHECKSUM, UNSET)), _entry(UNSET), 1)
-    return WeightsFile(tensors, metadata, zlib.crc32(prefix + zeroed), data_checksum)
+    return WeightsFile(tensors, metadata, zlib.crc32(prefix + zeroed), digest)
+
+
+def _digest(buffer: memoryview) -> tuple[int, bool]:
+    """(CRC-32 of the bytes, whether they have a finite sum as numbers of 32 bits).
+
+    Such a sum has no NaN and no Inf in it. One that is not finite may also have overflowed.
+    """
+    checksum = zlib.crc32(buffer)
+    if not buffer.nbytes or buffer.nbytes % 4:
+        return checksum, False
+    with np.errstate(over="ignore", invalid="ignore"):
+        return checksum, bool(np.isfinite(np.frombuffer(buffer, np.float32).sum()))
 
 
 def parse_header(header: bytes, num_bytes: int) -> tuple[dict[str, Span], dict[str, str]]:
