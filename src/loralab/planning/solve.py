@@ -15,7 +15,7 @@ SETTINGS: dict[Quantity, str] = {
     "rank": "method__rank",
 }
 # No more is looked for: nobody asks, and what fits then is limited by other things.
-MOST: dict[Quantity, int] = {"batch_size": 4096, "max_tokens": 1 << 17, "rank": 4096}
+MOST: dict[Quantity, int] = {"batch_size": 1024, "max_tokens": 1 << 17, "rank": 4096}
 
 
 def largest(planner: Planner, config: RunConfig, quantity: Quantity) -> int:

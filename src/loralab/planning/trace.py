@@ -25,7 +25,10 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.nn.modules import module as module_hooks
-from torch.optim import optimizer as optimizer_hooks
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -37,6 +40,7 @@ REAL_NUMBERS = 1 << 20
 """Tensors that follow from the batch alone stay real up to so many numbers."""
 
 _OUTSIDE = Place()
+_AUTOGRAD: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 _ASK_DEVICE = torch.ops.prim.device.default
 _ASK_VALUE = torch.ops.aten._local_scalar_dense.default
 
@@ -78,8 +82,8 @@ class Tracer(TorchDispatchMode):
             for handle in (
                 module_hooks.register_module_forward_pre_hook(self._enter_module),
                 module_hooks.register_module_forward_hook(self._leave_module, always_call=True),
-                optimizer_hooks.register_optimizer_step_pre_hook(self._enter_optimiser),
-                optimizer_hooks.register_optimizer_step_post_hook(self._leave_optimiser),
+                register_optimizer_step_pre_hook(self._enter_optimiser),
+                register_optimizer_step_post_hook(self._leave_optimiser),
             ):
                 stack.callback(handle.remove)
             stack.enter_context(self.fake)
@@ -211,7 +215,7 @@ class Tracer(TorchDispatchMode):
 
     def _mark(self, place: Place) -> None:
         """Autograd nodes made from now on belong to `place`: so does their backward."""
-        number = torch._C._autograd._get_sequence_nr()
+        number = _AUTOGRAD._get_sequence_nr()
         if number == self._marks[-1]:
             self._marked[-1] = place
         else:
