@@ -44,10 +44,10 @@ def regions(folder: Path) -> dict[str, tuple[str, range]]:
     """Which bytes of which file, by what they are."""
     data = (folder / WEIGHTS).read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
-    found = {"length": (WEIGHTS, range(8)), "header": (WEIGHTS, range(8, start))}
+    found = {"length": (WEIGHTS, range(8)), "header": (WEIGHTS, range(8, start, 3))}
     found["tensors"] = (WEIGHTS, range(start, len(data)))
     for name in (CONFIG, "probes.json"):
-        found[name] = (name, range(len((folder / name).read_bytes())))
+        found[name] = (name, range(0, len((folder / name).read_bytes()), 2))
     return found
 
 

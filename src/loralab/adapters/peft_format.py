@@ -200,7 +200,7 @@ def _read_config(file: Path, faults: list[str]) -> Any:
         return None
     try:
         return json.loads(file.read_bytes(), object_pairs_hook=unrepeated)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         faults.append(f"{file.name} is not readable: {error}")
         return None
 
@@ -212,7 +212,9 @@ def _read_weights(folder: Path, faults: list[str]) -> WeightsFile | None:
             return weights_file.read(file)
         except ValueError as error:
             faults.append(f"{WEIGHTS_FILE} is damaged: {error}")
-            return None
+        except OSError as error:
+            faults.append(f"{WEIGHTS_FILE} cannot be read: {error.strerror}")
+        return None
     faults.append(f"{file.name} is missing")
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:

@@ -51,7 +51,7 @@ def read_probes(folder: Path, adapter_sha256: str | None, faults: list[str]) -> 
         rows = told["probes"]
         intact = told["checksum"] == _checksum(rows) and all(map(_is_probe, rows))
         owner = told["adapter"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         faults.append(f"{PROBES_FILE} is not readable ({error!r})")
         return ()
     if not intact:
