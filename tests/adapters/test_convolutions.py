@@ -117,10 +117,13 @@ BEYOND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
 
 
 @pytest.mark.parametrize("kind", BEYOND)
-def test_what_peft_would_apply_otherwise_is_saved_for_us_alone(kind: str, tmp_path: Path) -> None:
+def test_what_peft_would_apply_otherwise_is_saved_for_us_alone(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     make, shape, words = BEYOND[kind]
     base, x = net(make), torch.randn(shape)
     model = adapted(base)
+    assert f"conv: PEFT {'applies' if kind == 'dilated' else 'pads'}" in caplog.text
     with pytest.raises(AdapterError) as caught:
         save_adapter(model, "default", tmp_path / "peft")
     assert words in caught.value.cause and "conv: PEFT" in caught.value.cause

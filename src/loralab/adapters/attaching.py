@@ -1,6 +1,7 @@
 """Putting adapters on a model and taking them off."""
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, cast
@@ -20,12 +21,14 @@ from loralab.adapters.installing import (
     remove_hooks,
     token_modules,
 )
+from loralab.adapters.peft_limits import apart_at, other_names
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.targets import follow_attention, packed_faults, row_conflicts, select, walk
 from loralab.adapters.using import hosted, merged_name
 from loralab.errors import AdapterError, TargetError
 from loralab.lowrank import Initialiser, Start, initialiser, kaiming
 
+logger = logging.getLogger("loralab")
 WEIGHTLESS_INITS = frozenset({"kaiming", "gaussian", "orthogonal"})  # they read only the shape
 
 
@@ -61,6 +64,7 @@ def attach(
     faults += packed_faults(config, modules, pairs)
     if faults:
         raise TargetError("; ".join(faults), "see `loralab.targets(model)` for what there is.")
+    _warn_of_limits(modules, pairs)
     config = follow_attention(config, pairs)
     drawn = {
         path: draw(modules[path], path, config, seed or 0, (starts or {}).get(path))
@@ -80,6 +84,15 @@ def attach(
         for path in _other_biases(modules, {*pairs, *whole}):
             bias = cast(Tensor, bias_of(modules[path]))
             installer.own(path, {"bias": fresh_copy(bias)})
+
+
+def _warn_of_limits(modules: Mapping[str, nn.Module], pairs: Sequence[str]) -> None:
+    """Says before any training what saving in PEFT's format will refuse."""
+    others = other_names(modules)
+    for path in pairs:
+        reason = apart_at(modules, path, pairs, others)
+        if reason:
+            logger.warning("%s: %s; save the adapter with portable=False", path, reason)
 
 
 def _put_pair(installer: Installer, path: str, start: Start) -> None:
