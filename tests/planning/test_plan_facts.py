@@ -90,6 +90,17 @@ def test_a_mask_becomes_numbers_at_every_layer():
     assert kept(masked, "a10", 2, 4, 96, 32) - bare == 2 * 96 * 96 * 4
 
 
+@pytest.mark.parametrize("device", ["a10", "cpu"])
+def test_a_log_sum_of_exponentials_takes_room_for_them(device):
+    tracer = Tracer(rules_for(find_device(device)))
+    x = tracer.stand_in(nn.Parameter(torch.empty(ROWS, WIDTH, device="meta")))
+    with tracer.world({}):
+        tracer.begin()
+        torch.logsumexp(x, dim=-1)
+    taken = [b.num_bytes for b in tracer.timeline().blocks if b.kind == "kernel workspaces"]
+    assert taken == [ROWS * WIDTH * 4]
+
+
 def test_autocast_keeps_copies_of_weights_until_it_closes():
     def cast(x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -238,13 +238,19 @@ def _embedding_backward(grad: Tensor, indices: Tensor, *_: Any) -> int:
     return 6 * indices.numel() * 8
 
 
+def _log_sum_exp(input: Tensor, *_: Any) -> int:
+    """The exponentials of all numbers less their maximum (ReduceOps.cpp, on every device)."""
+    return input.numel() * input.element_size()
+
+
 CUDA_WORKSPACES: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten.embedding_dense_backward.default: _embedding_backward,
+    aten.logsumexp.default: _log_sum_exp,
 }
 
-CPU_WORKSPACES: dict[Any, Callable[..., int]] = {}
+CPU_WORKSPACES: dict[Any, Callable[..., int]] = {aten.logsumexp.default: _log_sum_exp}
 
 
 def cublas_workspace_bytes(capability: int) -> int:

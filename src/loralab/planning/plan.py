@@ -23,6 +23,9 @@ SAFETY_MARGIN = 0.01
 WHOLE_BLOCKS = 36
 """Models of so many blocks are traced whole in a few seconds."""
 
+UNEVEN_SHARE = 0.002
+"""Of the peak: what the allocator may leave unsplit before all blocks are traced."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -99,32 +102,42 @@ class Planner:
     step: StepKind = "own"
     model: ModelSource | None = None
     _sources: dict[str, Traceable] = field(default_factory=dict, repr=False)
-    _plans: dict[tuple[str, tuple[int, ...], bool], Plan] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[str, tuple[int, ...]], Plan] = field(default_factory=dict, repr=False)
 
     def plan(self, config: RunConfig, rows: Sequence[Encoded] = (), *, quick: bool = False) -> Plan:
         """The plan of `config`'s training step, on `rows` where they are known.
 
-        Every block is traced where the allocator's leftovers matter (CUDA, models of up to
-        `WHOLE_BLOCKS` blocks); else, and where `quick`, a few, and the rest follows from them.
+        A few of the blocks that repeat are traced, and the rest follows from them. Where what the
+        allocator leaves on its pieces matters, which follows no line, all of them are traced, but
+        not where `quick`.
 
         A step that cannot be traced gets an estimate, marked as such (`Plan.estimated`). Raises
         any error of the settings.
         """
-        key = (config.model_dump_json(), tuple(len(row.input_ids) for row in rows), quick)
-        if key not in self._plans:
-            self._plans[key] = self._made(config, rows, quick)
-        return self._plans[key]
+        key = (config.model_dump_json(), tuple(len(row.input_ids) for row in rows))
+        known = self._plans.get(key)
+        if known is None:
+            known = self._plans[key] = self._made(config, rows, whole=False)
+        if not quick and self._is_uneven(known):
+            known = self._plans[key] = self._made(config, rows, whole=True)
+        return known
 
-    def _made(self, config: RunConfig, rows: Sequence[Encoded], quick: bool) -> Plan:
+    def _made(self, config: RunConfig, rows: Sequence[Encoded], *, whole: bool) -> Plan:
         source = self._source(config)
-        num_blocks = sum(run.length for run in source.runs)
-        whole = self.device.type == "cuda" and num_blocks <= WHOLE_BLOCKS and not quick
         try:
             accounts = predict(config, self.device, source=source, rows=rows, whole=whole)
         except UntraceableError as error:
             accounts = estimate(config, source.model)
             return Plan(config, self.device, self.step, accounts, ESTIMATE_ERROR_BAR, error.cause)
         return Plan(config, self.device, self.step, accounts)
+
+    def _is_uneven(self, made: Plan) -> bool:
+        """Whether the plan is extended, has much left on its pieces, and few enough blocks."""
+        highest = made.accounts.highest[1]
+        num_blocks = sum(run.length for run in self._source(made.config).runs)
+        extended = made.accounts.reserved is None and not made.estimated
+        leftovers = highest.unsplit > UNEVEN_SHARE * highest.rounded
+        return extended and leftovers and num_blocks <= WHOLE_BLOCKS
 
     def num_trained(self, config: RunConfig) -> int:
         """How many parameters the step trains."""
@@ -140,7 +153,9 @@ class Planner:
         return linear_layers(self._source(config).model, "attention")
 
     def _source(self, config: RunConfig) -> Traceable:
-        key = config.replace(training__batch_size=1, data__max_tokens=1).model_dump_json()
+        key = config.replace(
+            training__batch_size=1, training__accumulation=1, data__max_tokens=1
+        ).model_dump_json()
         if key not in self._sources:
             self._sources[key] = traceable(config, self.step, self.model)
         return self._sources[key]
