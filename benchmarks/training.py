@@ -113,8 +113,9 @@ def _own(
     name: str, model: nn.Module, rows: list[Encoded], task: Task, arguments: argparse.Namespace
 ) -> Arm:
     kind = "full" if name == "own_full" else "lora"
-    dora = {"dora": True} if name == "own_dora" else {}
-    method = MethodSection(kind=kind, rank=RANK, alpha=ALPHA, dropout=DROPOUT, **dora)
+    method = MethodSection(
+        kind=kind, rank=RANK, alpha=ALPHA, dropout=DROPOUT, dora=name == "own_dora"
+    )
     training = TrainingSection(
         learning_rate=1e-4,
         batch_size=arguments.rows,
