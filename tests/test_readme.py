@@ -37,6 +37,7 @@ def test_the_readme_has_the_commands_this_test_runs():
     assert {command.split()[1] for command in COMMANDS if command.startswith("loralab")} >= {
         "fetch",
         "init",
+        "plan",
         "doctor",
         "train",
         "evaluate",

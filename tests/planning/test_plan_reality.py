@@ -28,25 +28,37 @@ CASES = [
     ("llama", "own", NO_DROPOUT),
     ("llama", "peft", {}),
     ("llama", "own", {"model__task": "causal", "model__dtype": "bfloat16", **NO_DROPOUT}),
-    ("llama", "own", {"training__activation_checkpointing": True, **NO_DROPOUT}),
-    ("llama", "own", {"training__batch_size": 32, "data__max_tokens": 400}),
     ("llama", "peft", {"method__kind": "full", "training__fused": False}),
     ("bert", "own", {"method__kind": "frozen"}),
-    ("bert", "peft", {"training__accumulation": 2}),
     ("gpt2", "own", {"model__task": "causal", "method__kind": "full"}),
+]
+MORE_CASES = [
+    ("llama", "own", {"training__activation_checkpointing": True, **NO_DROPOUT}),
+    ("llama", "own", {"training__batch_size": 32, "data__max_tokens": 400}),
+    ("bert", "peft", {"training__accumulation": 2}),
     ("gpt2", "peft", {"model__task": "causal", "data__max_tokens": 150}),
 ]
+SLOW_CASES = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES]
 
 
-@pytest.mark.parametrize(("family", "kind", "changes"), CASES)
+@pytest.mark.parametrize(("family", "kind", "changes"), [*CASES, *SLOW_CASES])
 def test_what_a_real_step_takes(config_file, family, kind, changes):
     config = settings(config_file(family), **changes)
     planned = Planner(CPU, kind).plan(config).peak_bytes
     assert planned == pytest.approx(measured(config, kind), rel=ALLOWED, abs=64 * 1024)
 
 
-@pytest.mark.parametrize("kind", ["own", "peft"])
-@pytest.mark.parametrize("method", ["lora", "frozen", "full"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("own", "lora"),
+        ("peft", "frozen"),
+        *(
+            pytest.param(kind, method, marks=pytest.mark.slow)
+            for kind, method in (("own", "frozen"), ("own", "full"), ("peft", "lora"))
+        ),
+    ],
+)
 def test_few_blocks_tell_of_many(config_file, kind, method):
     path = config_file("llama", num_hidden_layers=11)
     config = settings(path, method__kind=method, model__task="causal")

@@ -34,6 +34,7 @@ def test_the_frozen_baseline_needs_less_than_lora():
     assert peak(**frozen) == pytest.approx(18.8, abs=0.1)
 
 
+@pytest.mark.slow
 def test_dropout_keeps_three_gibibytes_in_peft_and_next_to_nothing_here():
     assert peak() - peak(method__dropout=0.0) == pytest.approx(3.35, abs=0.1)
     assert peak("own") - peak("own", method__dropout=0.0) < 0.2
