@@ -225,6 +225,9 @@ def _plain_step(
     return Ready(step, model, before)
 
 
+_PEFT_BIASES: dict[str, Any] = {"none": "none", "targets": "lora_only", "all": "all"}
+
+
 def _peft_model(config: RunConfig, model: nn.Module) -> nn.Module:
     if importlib.util.find_spec("peft") is None:
         raise PlanError(
@@ -240,6 +243,10 @@ def _peft_model(config: RunConfig, model: nn.Module) -> nn.Module:
         lora_alpha=round(method.alpha),
         lora_dropout=method.dropout,
         use_rslora=method.scaling == "alpha/sqrt(rank)",
+        use_dora=method.dora,
+        bias=_PEFT_BIASES[method.biases],
+        layers_to_transform=method.layers,
+        rank_pattern=dict(method.rank_pattern),
         target_modules=method.targets,
         exclude_modules=list(method.exclude) or None,
         modules_to_save=[*heads, *method.whole_modules] or None,
