@@ -34,7 +34,7 @@ CASES = [
 ]
 MORE_CASES = [
     ("llama", "own", {"training__activation_checkpointing": True, **NO_DROPOUT}),
-    ("llama", "own", {"training__batch_size": 32, "data__max_tokens": 400}),
+    ("llama", "own", {"training__batch_size": 32, "data__max_tokens": 400, **NO_DROPOUT}),
     ("bert", "peft", {"training__accumulation": 2}),
     ("gpt2", "peft", {"model__task": "causal", "data__max_tokens": 150}),
 ]

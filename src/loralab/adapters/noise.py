@@ -1,10 +1,10 @@
 """Dropout whose masks are never kept: a window into a fixed table of coin flips for each row.
 
 A generator's mask costs more time than the low-rank product it serves, and keeping it costs as much
-memory as the input. Here each row of the input gets a random place in a table of a million flips,
-drawn from torch's generator; the row's mask is what follows that place. Eight bytes a row bring
-the mask back in the backward pass. Every entry is dropped with the wanted probability, and rows,
-layers and steps have places of their own.
+memory as the input. Here each row of the input gets a random place in a table of half a million
+flips (small enough for a core's cache), drawn from torch's generator; the row's mask is what
+follows that place. Eight bytes a row bring the mask back in the backward pass. Every entry is
+dropped with the wanted probability, and rows, layers and steps have places of their own.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch._guards import active_fake_mode
 
-NUM_FLIPS = 1 << 20
+NUM_FLIPS = 1 << 19
 _SEED = 0x10AA
 
 Places = Int[Tensor, " rows"]
@@ -29,16 +29,23 @@ def draw_places(x: Float[Tensor, "*rows width"]) -> Places:
 
 
 @no_type_check
+def mask_at(
+    x: Float[Tensor, "*rows width"], places: Places, dropout: float | int
+) -> Float[Tensor, "*rows width"]:
+    """The mask of `x`, from the flips at its rows' places: 1 to keep, 0 to drop; not scaled.
+
+    An entry is dropped with probability `dropout`, to 1 in 65,536.
+    """
+    flips = _table(dropout, x.dtype, x.device, active_fake_mode())
+    return flips.unfold(0, x.shape[-1], 1).index_select(0, places).view(x.shape)
+
+
+@no_type_check
 def kept(
     x: Float[Tensor, "*rows width"], places: Places, dropout: float | int
 ) -> Float[Tensor, "*rows width"]:
-    """`x` where the flips at its rows' places say keep, else 0; not scaled by `1 / (1 - dropout)`.
-
-    A non-zero entry is dropped with probability `dropout`, to 1 in 65,536.
-    """
-    flips = _table(dropout, x.dtype, x.device, active_fake_mode())
-    mask = flips.unfold(0, x.shape[-1], 1).index_select(0, places)
-    return mask.view(x.shape).mul_(x)
+    """`x` where its mask says keep, else 0."""
+    return mask_at(x, places, dropout).mul_(x)
 
 
 @functools.lru_cache(maxsize=8)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loralab.adapters.noise import Places, draw_places, kept
+from loralab.adapters.noise import Places, draw_places, kept, mask_at
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def project_backward(
     grad_x = None
     if factors:
         A = _stacked(factors, x.dtype)
-        dropped = x if places is None else kept(x, places, shared.dropout)
+        mask = None if places is None else mask_at(x, places, shared.dropout)
+        dropped = x if mask is None else mask * x
         hidden = dropped @ A.mT
         grad_hidden = torch.empty_like(hidden)
         grad_Bs = []
@@ -95,8 +96,8 @@ def project_backward(
             grad_factors += [own_A.to(master.dtype), own_B.to(master.dtype)]
         if wants_input:
             grad_x = grad_hidden @ A
-            if places is not None:
-                grad_x = kept(grad_x, places, shared.dropout)
+            if mask is not None:
+                grad_x.mul_(mask)
     if wants_input:
         for g, weight in zip(gradients, shared.weights, strict=True):
             grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
