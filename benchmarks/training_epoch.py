@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
 from loralab.config import DataSection, MethodSection, TrainingSection
 from loralab.data import Encoded, encode, load_dataset
@@ -41,7 +41,7 @@ def measure_epochs(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rows(arguments: argparse.Namespace) -> list[Encoded]:
-    data = DataSection(name="movie-reviews", train=arguments.epoch_rows, max_tokens=MAX_TOKENS)
+    data = DataSection(name="movie-reviews", train_rows=arguments.epoch_rows, max_tokens=MAX_TOKENS)
     dataset = load_dataset(data, task="classification", num_labels=2)
     tokenizer = load_tokenizer(arguments.model)
     return encode(dataset.train, tokenizer, task="classification", max_tokens=MAX_TOKENS)
@@ -88,6 +88,7 @@ def _trainer_seconds(
                 {"input_ids": list(row.input_ids), "labels": row.label} for row in rows
             ],
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)  # it would print between the JSON
         began = time.perf_counter()
         trainer.train()
         return time.perf_counter() - began
