@@ -297,7 +297,7 @@ def test_the_fused_encoder_path_does_not_pass_adapters_by() -> None:
     with use(model, "default"):
         expected = model(x)
         with torch.no_grad():
-            torch.testing.assert_close(model(x), expected)
+            torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
     twin = copy.deepcopy(model)
     for name in sorted({key.split(".adapters.")[0] for key in adapter_parameters(twin, "default")}):
         shake([p for n, p in twin.named_parameters() if n.startswith(name + ".adapters")], 9)
