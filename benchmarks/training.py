@@ -139,7 +139,8 @@ def _peft(name: str, model: nn.Module, task: Task) -> nn.Module:
         task_type="CAUSAL_LM" if task == "causal" else "SEQ_CLS",
         **(head if task == "classification" else {}),
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=not best)  # type: ignore
+    wrapped: Any = model  # PEFT's stub asks for a PreTrainedModel
+    return get_peft_model(wrapped, config, autocast_adapter_dtype=not best)
 
 
 def _plain(model: nn.Module, rows: list[Encoded], arguments: argparse.Namespace) -> Arm:

@@ -290,6 +290,7 @@ def test_convolutions_add_their_delta_to_the_kernel(groups: int, mode: str) -> N
 
 
 def test_the_fused_encoder_path_does_not_pass_adapters_by() -> None:
+    torch.manual_seed(0)  # two paths of one fp32 product: rounding comes close to the bound
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
     x = torch.randn(2, 5, 8)
     attach(model, LoRAConfig(rank=2))
@@ -297,7 +298,7 @@ def test_the_fused_encoder_path_does_not_pass_adapters_by() -> None:
     with use(model, "default"):
         expected = model(x)
         with torch.no_grad():
-            torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(model(x), expected)
     twin = copy.deepcopy(model)
     for name in sorted({key.split(".adapters.")[0] for key in adapter_parameters(twin, "default")}):
         shake([p for n, p in twin.named_parameters() if n.startswith(name + ".adapters")], 9)

@@ -1,5 +1,6 @@
 """Fusion: blocks found by structure as one autograd function each; losses without logits."""
 
+from loralab.fusion.attention import SHORT_ROW_TOKENS
 from loralab.fusion.fused import fused
 from loralab.fusion.output import (
     HiddenStatesError,
@@ -10,6 +11,7 @@ from loralab.fusion.output import (
 from loralab.fusion.pattern import Matched, matching_blocks
 
 __all__ = [
+    "SHORT_ROW_TOKENS",
     "HiddenStatesError",
     "Matched",
     "frozen_output_layer",

@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from loralab.adapters import base_member
 from loralab.fusion.proof import agrees
-from loralab.fusion.watching import evaluating, run_few_tokens
+from loralab.fusion.watching import run_few_tokens
+from loralab.models import evaluating
 
 CHUNK_NUMBERS = 1 << 23
 """Logits made at once: 32 MiB of fp32."""

@@ -19,8 +19,8 @@ from loralab.fusion.attention import Mask
 from loralab.fusion.block import Angles, Block, block_forward
 from loralab.fusion.norms import Norm, norm_of
 from loralab.fusion.proof import agrees
-from loralab.fusion.watching import Leaf, Seen, evaluating, own_modules, watch
-from loralab.models import blocks
+from loralab.fusion.watching import Leaf, Seen, own_modules, watch
+from loralab.models import blocks, evaluating
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -49,18 +49,6 @@ def own_modules(layer: nn.Module) -> Iterator[nn.Module]:
     for name, module in layer.named_modules():
         if "adapters" not in name.split("."):
             yield module
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no module is in training mode; afterwards those are that were."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def run_few_tokens(model: nn.Module, mask: Tensor | None) -> Any:

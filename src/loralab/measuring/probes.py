@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from loralab.adapters import Probe, use
 from loralab.data import Encoded, sample
 from loralab.errors import AdapterError
+from loralab.models import evaluating
 
 NUM_PROBES = 16
 MAX_PROBE_TOKENS = 256
@@ -28,14 +29,9 @@ def log_likelihoods(
     the route that is open.
     """
     device = next(model.parameters()).device
-    was_training = model.training
     routed: AbstractContextManager[object] = nullcontext() if route is None else use(model, route)
-    model.eval()
-    try:
-        with torch.inference_mode(), routed:
-            return [_log_likelihood(model, torch.tensor([ids], device=device)) for ids in inputs]
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode(), routed:
+        return [_log_likelihood(model, torch.tensor([ids], device=device)) for ids in inputs]
 
 
 def make_probes(

@@ -5,7 +5,7 @@ from loralab.models.classify import Pooling, reads_last_token
 from loralab.models.load import build_model, load_model
 from loralab.models.options import Dtype, Task
 from loralab.models.precision import choose_dtype
-from loralab.models.prefix import replaced_prefix, run_prefix
+from loralab.models.prefix import evaluating, replaced_prefix, run_prefix
 from loralab.models.presets import PRESETS
 from loralab.models.quiet import quiet
 from loralab.models.resolve import model_folder
@@ -30,6 +30,7 @@ __all__ = [
     "choose_dtype",
     "embedding_parameters",
     "enable_activation_checkpointing",
+    "evaluating",
     "head_name",
     "load_model",
     "load_tokenizer",

@@ -30,7 +30,7 @@ def run_prefix(
 
     handle = last.register_forward_hook(stop)
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             model(input_ids=input_ids, attention_mask=attention_mask)
     except _ReachedError as reached:
         return reached.hidden
@@ -131,7 +131,8 @@ def _lower(model: nn.Module, num_blocks: int) -> list[nn.Module]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, no module is in training mode; afterwards those are that were."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

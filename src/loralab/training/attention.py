@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from loralab.fusion import SHORT_ROW_TOKENS
 from loralab.training.devices import device_kind
-
-SHORT_ROW_TOKENS = 128
-"""Up to here the matrices of attention weights are small beside the other activations."""
 
 
 @contextmanager

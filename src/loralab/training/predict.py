@@ -8,6 +8,7 @@ from torch import nn
 
 from loralab.config import Task
 from loralab.data import Encoded, evaluation_batches
+from loralab.models import evaluating
 from loralab.training.forward import Forward, TargetLogits
 
 
@@ -53,17 +54,12 @@ def predict(
 
 def predict_with(forward: Forward, rows: Sequence[Encoded], *, batch_size: int) -> list[Prediction]:
     """As `predict`, with a ready `Forward`."""
-    was_training = forward.model.training
-    forward.model.eval()
     found: dict[int, Prediction] = {}
-    try:
-        with torch.inference_mode():
-            for batch in evaluation_batches([len(row.input_ids) for row in rows], batch_size):
-                members = [rows[index] for index in batch]
-                answers = _answers(forward(members), members, forward.task)
-                found.update(zip(batch, answers, strict=True))
-    finally:
-        forward.model.train(was_training)
+    with evaluating(forward.model), torch.inference_mode():
+        for batch in evaluation_batches([len(row.input_ids) for row in rows], batch_size):
+            members = [rows[index] for index in batch]
+            answers = _answers(forward(members), members, forward.task)
+            found.update(zip(batch, answers, strict=True))
     return [found[index] for index in range(len(rows))]
 
 

@@ -26,6 +26,7 @@ from loralab.data import Encoded, sample
 from loralab.errors import ConfigError, ResumeError, TargetError, nearest
 from loralab.files import replacing
 from loralab.lowrank import Factors, Initialiser, Number, Start
+from loralab.models import evaluating
 from loralab.training.batches import batch_for
 
 START_FILE = "start.safetensors"
@@ -95,9 +96,7 @@ def starts_from_data(
         )
     chosen = sample(rows, method.init_rows, f"init {training.seed}")
     looked_at = _Look(model, task, _batches(chosen, method.init, training.batch_size))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if method.init == "lora_ga":
             return lora_ga_starts(model, config, looked_at.batches(), looked_at.loss), config
         if method.redistribute_ranks and not config.rank_pattern:
@@ -106,8 +105,6 @@ def starts_from_data(
         wide = replace(config, rank=widest)
         starts, _ = eva_starts(model, wide, looked_at.batches(), redistribute=False)
         return starts, config
-    finally:
-        model.train(was_training)
 
 
 def write_start(path: Path, config: LoRAConfig, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
