@@ -1,0 +1,164 @@
+"""train, evaluate, generate, compare: models and what they do."""
+
+from pathlib import Path
+
+import click
+
+from loralab.cli.common import (
+    RECIPE_HELP,
+    app,
+    common,
+    console_for,
+    recipe_and_overrides,
+    settings_of,
+)
+
+
+@app.command(epilog=RECIPE_HELP)
+@recipe_and_overrides
+@click.option("--output", type=click.Path(path_type=Path), help="The run's folder (must be new).")
+@click.option("--resume", type=click.Path(path_type=Path), help="Continue this run, bit for bit.")
+@common
+def train(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    model: str | None,
+    output: Path | None,
+    resume: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Train one model by one method, evaluate it, write a report.
+
+    \b
+    Examples:
+      loralab train demo method.rank=8 --output runs/rank-8
+      loralab train --resume runs/rank-8
+    """
+    if resume is not None and (recipe is not None or output is not None):
+        raise click.UsageError("--resume takes its settings and place from the run alone")
+    console = console_for(as_json, quiet)
+    if resume is not None:
+        from loralab.runs.train import resume as resume_run
+
+        run = resume_run(resume, listen=console.listen)
+    else:
+        config = settings_of(recipe, overrides, model)
+
+        from loralab.runs.train import train as train_run
+
+        run = train_run(config, output, listen=console.listen)
+    if as_json:
+        console.data(run.summary())
+    else:
+        from loralab.runs.tables import run_lines
+
+        console.text(run_lines(run))
+
+
+@app.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", help="Other rows: a catalogue name, hub id, folder or file.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    default="test",
+    show_default=True,
+)
+@common
+def evaluate(run: Path, data: str | None, split: str, as_json: bool, quiet: bool) -> None:
+    """Score a finished run on held-out rows, with 95 % intervals.
+
+    \b
+    Examples:
+      loralab evaluate runs/rank-8
+      loralab evaluate runs/rank-8 --data tweets
+      loralab evaluate runs/rank-8 --data mine.csv
+    """
+    from loralab.runs.evaluate import evaluate as evaluate_run
+    from loralab.runs.tables import evaluation_table
+
+    console = console_for(as_json, quiet)
+    result = evaluate_run(run, data=data, split=split, listen=console.listen)
+    if as_json:
+        console.data(result)
+    else:
+        console.table(*evaluation_table(result))
+
+
+@app.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@common
+def generate(
+    run: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Continue a prompt with a trained language model, or classify it with a classifier.
+
+    \b
+    Examples:
+      loralab generate runs/chat "Write a haiku about rank."
+      loralab generate runs/rank-8 "A gripping film from start to end."
+    """
+    from loralab.runs.generate import generate as generate_from
+
+    console = console_for(as_json, quiet)
+    answer = generate_from(
+        run,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        listen=console.listen,
+    )
+    if as_json:
+        console.data(answer)
+    else:
+        console.text(answer["text"])
+
+
+@app.command(epilog=RECIPE_HELP)
+@recipe_and_overrides
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the comparison.")
+@common
+def compare(
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    model: str | None,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare methods honestly: bracketed rates, several seeds, paired intervals, a verdict.
+
+    Started again on the same folder it reuses every finished run.
+
+    \b
+    Examples:
+      loralab compare demo
+      loralab compare smollm2-reviews --output runs/reviews
+      loralab compare demo data.name=tweets 'compare.seeds=[0,1,2,3,4]'
+    """
+    console = console_for(as_json, quiet)
+    config = settings_of(recipe, overrides, model)
+
+    from loralab.runs.compare import compare as compare_runs
+    from loralab.runs.tables import comparison_table
+
+    folder = output or Path("runs") / Path(str(recipe)).stem
+    comparison = compare_runs(config, folder, listen=console.listen)
+    if as_json:
+        console.data(comparison)
+        return
+    console.table(*comparison_table(comparison))
+    console.text(f"\n{comparison['verdict']}\n")
+    console.text(f"{folder / 'comparison.json'}\n{folder / 'report.html'}")
