@@ -11,6 +11,7 @@ from loralab.cli.common import (
     app,
     common,
     console_for,
+    plan_settings,
     recipe_and_overrides,
     settings_of,
 )
