@@ -74,6 +74,16 @@ class UntraceableError(PlanError):
     """A step whose memory cannot be traced, since what it does depends on computed numbers."""
 
 
+class RequestError(LoralabError):
+    """A request that cannot be served as it is: a prompt that is too long, a bad parameter."""
+
+
+class CapacityError(LoralabError):
+    """The server is full for now: the same request may succeed later."""
+
+    exit_code = 1
+
+
 class TrainingError(LoralabError):
     """A training that ran and failed: a loss that is not a number, a gradient that never came."""
 

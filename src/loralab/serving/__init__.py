@@ -1,0 +1,1 @@
+"""Serving: many adapters on one frozen base, in one batch."""

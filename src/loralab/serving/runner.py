@@ -1,0 +1,73 @@
+"""What the engine needs of whatever runs a model: the plain runner and the fast one give it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from loralab.serving.requests import Entry
+
+Pooling = Literal["mean", "last"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some next tokens of one sequence.
+
+    slot: where the sequence's keys and values are kept.
+    start: how many tokens the slot already holds; what it holds beyond them is overwritten.
+    """
+
+    slot: int
+    token_ids: Sequence[int]
+    start: int
+    entry: Entry = None
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """A causal model with a cache of `num_slots` sequences of at most `max_tokens` tokens.
+
+    All methods are called on the engine's thread. The chunks of a call have different slots, at
+    least one token each, and may have any lengths; a chunk's answer must not depend on the others.
+    """
+
+    num_slots: int
+    max_tokens: int
+
+    def forward(self, chunks: Sequence[Chunk]) -> Float[Tensor, "chunks vocab"]:
+        """fp32 logits after the last token of each chunk; the slots hold the tokens afterwards."""
+        ...
+
+    def all_logits(self, chunk: Chunk) -> Float[Tensor, "tokens vocab"]:
+        """fp32 logits after every token of one chunk; the slot holds the tokens afterwards."""
+        ...
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Makes the target slot hold the first tokens of the source slot."""
+        ...
+
+    def adapters_changed(self) -> None:
+        """Adapters were attached, detached, merged into the weights, or the base was restored."""
+        ...
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A model that reads whole texts at once: classes or vectors instead of tokens."""
+
+    max_tokens: int
+
+    def classify(
+        self, texts: Sequence[Sequence[int]], entries: Sequence[Entry]
+    ) -> list[Float[Tensor, " classes"]]:
+        """fp32 logits of each text's classes; every entry's head may have a number of its own."""
+        ...
+
+    def embed(
+        self, texts: Sequence[Sequence[int]], entries: Sequence[Entry], pooling: Pooling
+    ) -> Float[Tensor, "texts width"]:
+        """The last hidden states in fp32, pooled; not normalised."""
+        ...
