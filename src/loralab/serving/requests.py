@@ -1,10 +1,11 @@
 """What is asked of the engine, and what it gives back piece by piece."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loralab.errors import LoralabError
+from loralab.errors import LoralabError, RequestError
 
 Entry = str | Mapping[str, float | int] | None
 """Who answers: an adapter by the name it is hosted under, a mix {name: weight}, None the base."""
@@ -36,6 +37,24 @@ class Sampling:
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises `RequestError` that lists every value out of range."""
+        faults = [
+            f"{name} is {getattr(self, name)!r}, not {wanted}"
+            for name, fits, wanted in (
+                ("max_tokens", self.max_tokens >= 1, "at least 1"),
+                ("temperature", 0 <= self.temperature < math.inf, "at least 0 and finite"),
+                ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+                ("top_k", self.top_k >= 0, "at least 0 (0: all)"),
+                ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+                ("logprobs", (self.logprobs or 0) >= 0, "at least 0"),
+                ("stop", all(self.stop), "texts of at least one character"),
+            )
+            if not fits
+        ]
+        if faults:
+            raise RequestError("; ".join(faults), "give values inside these ranges.")
 
 
 @dataclass(frozen=True)

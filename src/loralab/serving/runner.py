@@ -31,11 +31,13 @@ class Runner(Protocol):
     """A causal model with a cache of `num_slots` sequences of at most `max_tokens` tokens.
 
     All methods are called on the engine's thread. The chunks of a call have different slots, at
-    least one token each, and may have any lengths; a chunk's answer must not depend on the others.
+    least one token each, and may have any lengths; a chunk's answer must not depend on the others,
+    nor on what its slot or another held before (not even where that was NaN).
     """
 
     num_slots: int
     max_tokens: int
+    vocab_size: int
 
     def forward(self, chunks: Sequence[Chunk]) -> Float[Tensor, "chunks vocab"]:
         """fp32 logits after the last token of each chunk; the slots hold the tokens afterwards."""
