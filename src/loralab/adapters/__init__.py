@@ -5,14 +5,21 @@ from loralab.adapters.algebra import Combination, combination, combine
 from loralab.adapters.attaching import attach, detach
 from loralab.adapters.certificate import MergeCertificate
 from loralab.adapters.data_driven import eva_starts, lora_ga_starts
+from loralab.adapters.decomposed import Decomposed, num_bytes
 from loralab.adapters.difference import Difference, adapter_of_difference
 from loralab.adapters.extracting import adapter_parameters, count_parameters, extract
 from loralab.adapters.fingerprint import fingerprint, is_from_base
+from loralab.adapters.fitting import misfits
 from loralab.adapters.in_place import merge_in_place, restore
 from loralab.adapters.members import Member, base_member, member_in_force, share
 from loralab.adapters.merge import merge, save_merged
 from loralab.adapters.merging import Change, change_at
-from loralab.adapters.peft_format import content_hash, read_adapter, write_adapter
+from loralab.adapters.peft_format import (
+    content_hash,
+    outline_adapter,
+    read_adapter,
+    write_adapter,
+)
 from loralab.adapters.probes import Probe
 from loralab.adapters.routes import carry
 from loralab.adapters.rows import declare_rows
@@ -20,6 +27,7 @@ from loralab.adapters.saving import install, load_adapter, save_adapter
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.step import SharedInput, draw_mask, project, project_backward
 from loralab.adapters.streaming_merge import merge_checkpoint
+from loralab.adapters.targets import walk
 from loralab.adapters.tree import Choice, Tree, targets
 from loralab.adapters.using import hosted, use
 
@@ -28,6 +36,7 @@ __all__ = [
     "Change",
     "Choice",
     "Combination",
+    "Decomposed",
     "Difference",
     "Layer",
     "LoRAConfig",
@@ -61,6 +70,9 @@ __all__ = [
     "merge",
     "merge_checkpoint",
     "merge_in_place",
+    "misfits",
+    "num_bytes",
+    "outline_adapter",
     "project",
     "project_backward",
     "read_adapter",
@@ -70,5 +82,6 @@ __all__ = [
     "share",
     "targets",
     "use",
+    "walk",
     "write_adapter",
 ]

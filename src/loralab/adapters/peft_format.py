@@ -157,6 +157,38 @@ def read_adapter(path: str | Path) -> Adapter:
     return replace(adapter, probes=probes)
 
 
+def outline_adapter(path: str | Path) -> Adapter:
+    """What `read_adapter` would give, with tensors on the device "meta": none of them is read.
+
+    Settings, names, dtypes and shapes are checked as `read_adapter` checks them, values and
+    checksums are not. Raises `AdapterError` that lists everything that is wrong.
+    """
+    folder = Path(path)
+    faults: list[str] = []
+    raw = _read_config(folder / CONFIG_FILE, faults)
+    config = peft_config.from_peft(raw, faults) if raw is not None else None
+    adapter = None
+    try:
+        spans, metadata = weights_file.read_header(folder / WEIGHTS_FILE)
+    except ValueError as error:
+        faults.append(f"{WEIGHTS_FILE} is damaged: {error}")
+    except OSError:
+        _read_weights(folder, faults)  # says what lies there instead
+    else:
+        tensors = {
+            name: torch.empty(span.shape, dtype=weights_file.DTYPES[span.dtype], device="meta")
+            for name, span in spans.items()
+        }
+        if config is not None:
+            adapter = assemble(config, raw or {}, tensors, metadata, faults)
+    if faults or adapter is None:
+        raise AdapterError(
+            "\n  - ".join([f"{folder} is no usable adapter", *faults]),
+            "fetch or save the adapter again; nothing was loaded.",
+        )
+    return adapter
+
+
 def content_hash(adapter: Adapter) -> str:
     """SHA-256 of what the adapter does: tensors, scales and settings, whatever file holds them."""
     digest = hashlib.sha256()

@@ -199,7 +199,7 @@ def _convolution(
     )
     if groups == 1:
         return _Pair(A.flatten(1), B.flatten(1), layer, alpha, exceptional=False)
-    own = convolutions.from_peft(A, groups)
+    own = None if A.is_meta else convolutions.from_peft(A, groups)
     if own is None:  # trained by PEFT: A sees the channels of all groups
         layer = replace(layer, groups=groups)
         return _Pair(A.flatten(1), B.flatten(1), layer, alpha, exceptional=False)

@@ -108,6 +108,19 @@ def read(file: Path) -> WeightsFile:
     return WeightsFile(tensors, metadata, zlib.crc32(prefix + zeroed), digest)
 
 
+def read_header(
+    file: Path, max_bytes: int = MAX_HEADER_BYTES
+) -> tuple[dict[str, Span], dict[str, str]]:
+    """(tensors, metadata) as the header has them; no tensor is read. Raises as `read` does."""
+    with file.open("rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        prefix = handle.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, max_bytes):
+            raise ValueError(f"its header says {length} bytes, the file has {size}")
+        return parse_header(handle.read(length), size - 8 - length)
+
+
 def _digest(buffer: memoryview) -> tuple[int, bool]:
     """(CRC-32 of the bytes, whether they have a finite sum as numbers of 32 bits).
 
