@@ -10,8 +10,9 @@ from loralab.adapters.difference import Difference, adapter_of_difference
 from loralab.adapters.extracting import adapter_parameters, count_parameters, extract
 from loralab.adapters.fingerprint import fingerprint, is_from_base
 from loralab.adapters.fitting import misfits
+from loralab.adapters.hosting import adapted_modules
 from loralab.adapters.in_place import merge_in_place, restore
-from loralab.adapters.members import Member, base_member, member_in_force, share
+from loralab.adapters.members import Member, base_member, member_in_force, member_of, share
 from loralab.adapters.merge import merge, save_merged
 from loralab.adapters.merging import Change, change_at
 from loralab.adapters.peft_format import (
@@ -29,7 +30,7 @@ from loralab.adapters.step import SharedInput, draw_mask, project, project_backw
 from loralab.adapters.streaming_merge import merge_checkpoint
 from loralab.adapters.targets import walk
 from loralab.adapters.tree import Choice, Tree, targets
-from loralab.adapters.using import hosted, use
+from loralab.adapters.using import hosted, merged_name, use
 
 __all__ = [
     "Adapter",
@@ -45,6 +46,7 @@ __all__ = [
     "Probe",
     "SharedInput",
     "Tree",
+    "adapted_modules",
     "adapter_of_difference",
     "adapter_parameters",
     "attach",
@@ -67,9 +69,11 @@ __all__ = [
     "load_adapter",
     "lora_ga_starts",
     "member_in_force",
+    "member_of",
     "merge",
     "merge_checkpoint",
     "merge_in_place",
+    "merged_name",
     "misfits",
     "num_bytes",
     "outline_adapter",

@@ -2,6 +2,7 @@
 
 from loralab.fusion.attention import SHORT_ROW_TOKENS
 from loralab.fusion.fused import fused
+from loralab.fusion.norms import Norm, RMSNorm, norm_of
 from loralab.fusion.output import (
     HiddenStatesError,
     frozen_output_layer,
@@ -9,14 +10,19 @@ from loralab.fusion.output import (
     token_nll_sum,
 )
 from loralab.fusion.pattern import Matched, matching_blocks
+from loralab.fusion.proof import agrees
 
 __all__ = [
     "SHORT_ROW_TOKENS",
     "HiddenStatesError",
     "Matched",
+    "Norm",
+    "RMSNorm",
+    "agrees",
     "frozen_output_layer",
     "fused",
     "matching_blocks",
+    "norm_of",
     "stopped_at",
     "token_nll_sum",
 ]
