@@ -1,0 +1,182 @@
+"""The fast runner: a decoding step of our own where its formula holds, the plain runner elsewhere.
+
+What decides is looked at when the runner is made (the model) and whenever adapters change (each
+adapter): whole modules' copies, DoRA, biases, rows of embeddings and pairs outside the blocks are
+the plain runner's.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from loralab.adapters import hosted, merged_name
+from loralab.errors import RouteError
+from loralab.serving.fast.batch import flatten, mix_of
+from loralab.serving.fast.coverage import Sites, Table, signature
+from loralab.serving.fast.decoder import Decoder, find_decoder
+from loralab.serving.fast.steps import Step, TorchStep
+from loralab.serving.runner import Chunk, Runner
+
+log = logging.getLogger("loralab")
+
+
+def fast_runner(
+    model: nn.Module, plain: Callable[[], Runner], *, num_slots: int, max_tokens: int
+) -> Runner:
+    """The fastest runner of the model there is; `plain` makes the one that serves what is left.
+
+    Freezes the model. Says in one line of the log why a model is left to the plain runner.
+    """
+    model.requires_grad_(False).eval()
+    decoder = find_decoder(model, max_tokens)
+    if isinstance(decoder, str):
+        log.info("the plain runner serves this model: %s", decoder)
+        return plain()
+    step = TorchStep(decoder, num_slots, max_tokens)
+    return FastRunner(model, decoder, step, plain, num_slots, max_tokens)
+
+
+@dataclass
+class _Held:
+    """What a slot holds, and in whose cache: the step's or the plain runner's."""
+
+    is_fast: bool = True
+    token_ids: list[int] = field(default_factory=list)
+
+
+class FastRunner:
+    """A `Runner` over one decoder. uncovered: adapter -> why the plain runner serves it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: Decoder,
+        step: Step,
+        plain: Callable[[], Runner],
+        num_slots: int,
+        max_tokens: int,
+    ) -> None:
+        self.num_slots, self.max_tokens = num_slots, max_tokens
+        self.vocab_size = decoder.output.weight.shape[0]
+        self.step = step
+        self.uncovered: dict[str, str] = {}
+        self._model, self._sites = model, Sites(model, decoder)
+        self._make_plain = plain
+        self._plain: Runner | None = None
+        self._held = [_Held() for _ in range(num_slots)]
+        self._signatures: dict[str, tuple[object, ...]] = {}
+        self._tables: dict[str, Table] = {}  # keeps factors alive: their addresses tell them apart
+        self._order: dict[str, int] = {}
+        self._merged: str | None = None
+        self.adapters_changed()
+
+    def forward(self, chunks: Sequence[Chunk]) -> Float[Tensor, "chunks vocab"]:
+        """fp32 logits after the last token of each chunk; the slots hold the tokens afterwards.
+
+        Raises `RouteError` for entries that the model does not host now.
+        """
+        mine = [self._is_covered(chunk) for chunk in chunks]
+        ready = [self._resumed(chunk, own) for chunk, own in zip(chunks, mine, strict=True)]
+        if all(mine):
+            return self.step.run(flatten(self._routed(ready), self._order.__getitem__))
+        logits = torch.empty(len(chunks), self.vocab_size)
+        for own in (True, False):
+            rows = [row for row, each in enumerate(mine) if each is own]
+            if rows:
+                logits[rows] = self._run([ready[row] for row in rows], own).cpu()
+        return logits
+
+    def all_logits(self, chunk: Chunk) -> Float[Tensor, "tokens vocab"]:
+        """fp32 logits after every token of one chunk; the slot holds the tokens afterwards."""
+        own = self._is_covered(chunk)
+        ready = self._resumed(chunk, own)
+        if own:
+            routed = self._routed([ready])
+            logits = self.step.run(flatten(routed, self._order.__getitem__, every_token=True))
+        else:
+            logits = self._plain_runner().all_logits(ready)
+        return logits[-len(chunk.token_ids) :]
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Makes the target slot hold the first tokens of the source slot."""
+        held = self._held[source]
+        if held.is_fast:
+            self.step.copy_prefix(source, target, num_tokens)
+        else:
+            self._plain_runner().copy_prefix(source, target, num_tokens)
+        self._held[target] = _Held(held.is_fast, held.token_ids[:num_tokens])
+
+    def adapters_changed(self) -> None:
+        """Adapters were attached, detached, merged into the weights, or the base was restored."""
+        hosts, names = self._sites.hosts(), hosted(self._model)
+        self.uncovered.clear()
+        for name in self._signatures.keys() - set(names):
+            self._forget(name)
+        for name in names:
+            self._order.setdefault(name, max(self._order.values(), default=-1) + 1)
+            table = self._sites.factors(hosts, name)
+            if isinstance(table, str):
+                self.uncovered[name] = table
+                self._forget(name)
+            elif (signed := signature(table)) != self._signatures.get(name):
+                self.step.put(name, table)
+                self._tables[name], self._signatures[name] = table, signed
+        self._merged = merged_name(self._model)
+        self.step.base_changed()
+        if self._plain is not None:
+            self._plain.adapters_changed()
+
+    def _forget(self, name: str) -> None:
+        if self._signatures.pop(name, None) is not None:
+            self.step.remove(name)
+            del self._tables[name]
+
+    def _is_covered(self, chunk: Chunk) -> bool:
+        """Whether the step serves the chunk; raises where nothing does."""
+        names = mix_of(chunk.entry)
+        unknown = [n for n in names if n not in self._signatures and n not in self.uncovered]
+        if unknown:
+            raise RouteError(
+                f"the model hosts no adapter {unknown[0]!r}",
+                "attach or load it and call `adapters_changed`.",
+            )
+        if self._merged is not None and names != {self._merged: 1.0}:
+            raise RouteError(
+                f"adapter {self._merged!r} is merged into this model: it serves no other entry",
+                "call `loralab.restore(model)` first.",
+            )
+        return not any(name in self.uncovered for name in names)
+
+    def _routed(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """The chunks; an adapter that is in the weights already adds nothing more to them."""
+        if self._merged is None:
+            return list(chunks)
+        return [replace(chunk, entry=None) for chunk in chunks]
+
+    def _run(self, chunks: Sequence[Chunk], is_fast: bool) -> Float[Tensor, "chunks vocab"]:
+        if is_fast:
+            return self.step.run(flatten(self._routed(chunks), self._order.__getitem__))
+        return self._plain_runner().forward(chunks)
+
+    def _resumed(self, chunk: Chunk, is_fast: bool) -> Chunk:
+        """The chunk, with what its slot holds before it where that is in the other's cache.
+
+        Notes what the slot holds afterwards.
+        """
+        held = self._held[chunk.slot]
+        if held.is_fast is not is_fast and chunk.start:
+            before = held.token_ids[: chunk.start]
+            chunk = replace(chunk, token_ids=[*before, *chunk.token_ids], start=0)
+        held.is_fast = is_fast
+        del held.token_ids[chunk.start :]
+        held.token_ids.extend(chunk.token_ids)
+        return chunk
+
+    def _plain_runner(self) -> Runner:
+        if self._plain is None:
+            self._plain = self._make_plain()
+        return self._plain
