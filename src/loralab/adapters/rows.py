@@ -126,6 +126,8 @@ def probe_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _with_rows(value: Any, num_rows: int, num_tokens: int | None, mode: FakeTensorMode) -> Any:
     """The input as a fake, with the probe's numbers of rows (and tokens) where it has them."""
+    if isinstance(value, dict):  # masks by kind of layer
+        return {key: _with_rows(item, num_rows, num_tokens, mode) for key, item in value.items()}
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     if value.ndim and value.shape[0] == num_rows:
