@@ -84,6 +84,14 @@ class CapacityError(LoralabError):
     exit_code = 1
 
 
+class UnknownAdapterError(AdapterError):
+    """A name that no adapter of a server has."""
+
+
+class ForbiddenError(LoralabError):
+    """A path out of the adapters' folder, or an adapter that is not for whoever asks."""
+
+
 class TrainingError(LoralabError):
     """A training that ran and failed: a loss that is not a number, a gradient that never came."""
 
