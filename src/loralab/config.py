@@ -256,6 +256,11 @@ def config_without_rows(overrides: Sequence[str]) -> RunConfig:
     return _overridden({"data": {"name": "no rows are read"}}, overrides, source="the settings")
 
 
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Settings with `section.key=value` changed. Raises `ConfigError` as `parse_config` does."""
+    return _overridden(config.model_dump(exclude_none=True), overrides, source="the settings")
+
+
 def _overridden(tables: dict[str, Any], overrides: Sequence[str], source: str) -> RunConfig:
     for override in overrides:
         _apply(tables, override)

@@ -265,8 +265,8 @@ def _assemble(
         rank=rank,
         alpha=alpha,
         targets=tuple(pairs),
-        rank_pattern=_pattern(ranks, rank),
-        alpha_pattern=_pattern(alphas, alpha),
+        rank_pattern=exact_pattern(ranks, rank),
+        alpha_pattern=exact_pattern(alphas, alpha),
         whole_modules=tuple(whole),
         token_rows={module: indices.tolist() for module, (indices, _) in rows.items()},
         biases=next((kind for kind in ("all", "targets") if kind in biases), "none"),
@@ -283,7 +283,7 @@ def _assemble(
     )
 
 
-def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """The modules whose value differs, as patterns of their whole names."""
     return {
         "^" + name.replace(".", r"\."): value for name, value in values.items() if value != default

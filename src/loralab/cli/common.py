@@ -28,6 +28,7 @@ ORDER = (
     "merge",
     "combine",
     "plan",
+    "rank",
     "inspect",
     "lint",
     "explain",

@@ -10,7 +10,7 @@ from loralab.data.batching import (
 from loralab.data.encoding import encode, encoding_facts
 from loralab.data.examples import Batch, Dataset, Encoded, Example, Message
 from loralab.data.loading import load_dataset, load_rows
-from loralab.data.splitting import sample
+from loralab.data.splitting import halves, sample
 
 __all__ = [
     "Batch",
@@ -23,6 +23,7 @@ __all__ = [
     "encoding_facts",
     "epoch_batches",
     "evaluation_batches",
+    "halves",
     "load_dataset",
     "load_rows",
     "order_hash",

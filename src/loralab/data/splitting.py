@@ -67,6 +67,14 @@ def component_keys(examples: Sequence[Example]) -> list[str]:
     return [smallest[components.root(index)] for index in range(len(keys))]
 
 
+def halves(examples: Sequence[Example], purpose: str) -> tuple[list[Example], list[Example]]:
+    """Two parts of about equal size that share no document and no text, decided by hash."""
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for example, key in zip(examples, component_keys(examples), strict=True):
+        parts[hash_share(key, purpose) >= 0.5].append(example)
+    return parts
+
+
 def has_document(example: Example) -> bool:
     """Whether the example is part of a document, not a group of its own."""
     return example.group != example.id

@@ -2,15 +2,35 @@
 
 from loralab.evidence.comparison import build_comparison
 from loralab.evidence.contest import Contest, Pair, hold_contest
+from loralab.evidence.losing import RowScores, holds, last_holding, loss_of, losses
+from loralab.evidence.rank_curve import (
+    Candidate,
+    Rule,
+    chosen_index,
+    confirmation,
+    rank_curve,
+    rank_verdict,
+)
 from loralab.evidence.results import MethodResult, RatePoint, SeedPredictions, TestSet
 
 __all__ = [
+    "Candidate",
     "Contest",
     "MethodResult",
     "Pair",
     "RatePoint",
+    "RowScores",
+    "Rule",
     "SeedPredictions",
     "TestSet",
     "build_comparison",
+    "chosen_index",
+    "confirmation",
     "hold_contest",
+    "holds",
+    "last_holding",
+    "loss_of",
+    "losses",
+    "rank_curve",
+    "rank_verdict",
 ]

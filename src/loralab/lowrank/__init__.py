@@ -4,6 +4,7 @@ Pure functions on tensors, no modules. Deltas are never multiplied out, except b
 """
 
 from loralab.lowrank.algebra import add, dare, knots, linear, scaled, subtract, ties
+from loralab.lowrank.allocation import ranks_within
 from loralab.lowrank.compression import Approximation, balanced, truncate
 from loralab.lowrank.dense import Dense, dense_svd
 from loralab.lowrank.factors import (
@@ -117,6 +118,7 @@ __all__ = [
     "pissa",
     "random_overlap",
     "random_overlap_std",
+    "ranks_within",
     "scale_of",
     "scaled",
     "singular_values",

@@ -262,3 +262,33 @@ def _serving_line(serving: dict[str, Any]) -> str:
         f"{formats.data_size(serving['storage_models_bytes'])} "
         f"({formats.percent(serving['storage_saved_share'])} less)"
     )
+
+
+def rank_table(document: dict[str, Any]) -> Table:
+    """One row a candidate of either rule, and the whole adapter above them."""
+    full = document["full"]
+    unit = document["unit"].removeprefix("nats ")
+    columns = ("rank", "rule", "size", "nll", f"lost nats {unit}", "at most (95 %)", "accuracy", "")
+    head = (
+        str(full["rank"]),
+        "whole",
+        formats.data_size(full["bytes"]),
+        formats.number(full["nll"], 4),
+        "",
+        "",
+        formats.percent(full["accuracy"]),
+        "",
+    )
+    return columns, [head] + [
+        (
+            str(row["rank"]),
+            row["rule"],
+            formats.data_size(row["bytes"]),
+            formats.number(row["nll"], 4),
+            formats.number(row["lost_nll"]["mean"], 4),
+            formats.number(row["lost_nll"]["upper"], 4),
+            formats.percent(row["accuracy"]),
+            "chosen" if row["chosen"] else "" if row["holds"] else "over the tolerance",
+        )
+        for row in document["curve"]
+    ]
