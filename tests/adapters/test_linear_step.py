@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loralab.adapters import LoRAConfig, SharedInput, adapter_parameters, attach, use
+from loralab.adapters import LoRAConfig, SharedInput, adapter_parameters, attach, noise, use
 from loralab.adapters.noise import draw_places, kept
 from loralab.adapters.step import low_rank_step
 
@@ -102,3 +102,14 @@ def test_a_mask_comes_back_from_its_places() -> None:
     assert torch.equal(kept(x, places, 0.3), kept(x, places, 0.3))
     for dtype, _ in itertools.product([torch.bfloat16, torch.float64], range(1)):
         assert torch.equal(kept(x, places, 0.3) == 0, kept(x.to(dtype), places, 0.3) == 0)
+
+
+def test_rows_longer_than_the_table_have_a_table_of_their_own(monkeypatch) -> None:
+    monkeypatch.setattr(noise, "NUM_FLIPS", 1 << 10)
+    x = torch.ones(64, 1500)
+    places = draw_places(x)
+    mask = noise.mask_at(x, places, 0.25)
+    assert mask.shape == x.shape
+    assert mask.mean().item() == pytest.approx(0.75, abs=0.02)
+    assert len(places.unique()) > 32
+    assert torch.equal(mask, noise.mask_at(x, places, 0.25))

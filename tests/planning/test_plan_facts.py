@@ -5,9 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from plan_settings import settings
 from torch import Tensor, nn
 
-from loralab.planning import find_device
+from loralab.fusion.attention import attend
+from loralab.placement import planned_for
+from loralab.planning import Planner, find_device
 from loralab.planning.allocator import MIB, CachingAllocator, rounded_size
 from loralab.planning.facts import choose_attention, cublas_workspace_bytes, rules_for
 from loralab.planning.trace import Tracer
@@ -108,6 +111,27 @@ def test_autocast_keeps_copies_of_weights_until_it_closes():
 
     copies, output = ROWS * WIDTH * 2, ROWS * ROWS * 2
     assert kept(cast, "cpu") == copies + output
+
+
+def test_what_is_offloaded_leaves_the_device(config_file):
+    more = {"training__batch_size": 32, "data__max_tokens": 300, "method__dropout": 0.0}
+    config = settings(config_file("llama", num_hidden_layers=4), **more)
+    planner = Planner(find_device("a10"))
+    kept = planner.plan(config, quick=True)
+    offloaded = planner.plan(config.replace(training__offload_activations=True), quick=True)
+    saved = sum(held for kind, held in kept.parts.items() if kind.startswith("activations"))
+    assert not offloaded.estimated
+    assert kept.peak_bytes - offloaded.peak_bytes > 0.6 * saved
+
+
+def test_a_plan_for_cuda_takes_cudas_branches():
+    seen = {}
+    for device in ("a10", "cpu"):
+        with planned_for(device.replace("a10", "cuda")):
+            q = torch.randn(1, 4, 40, 16)
+            seen[device] = attend(q, q, q, None)[1].weights
+    assert seen["a10"] is None  # torch's kernel
+    assert seen["cpu"] is not None  # plain products
 
 
 @pytest.mark.parametrize(("device", "each"), [("a10", 8 * MIB + 128 * 1024), ("h100", 32 * MIB)])

@@ -7,7 +7,12 @@ from loralab.adapters.certificate import MergeCertificate
 from loralab.adapters.data_driven import eva_starts, lora_ga_starts
 from loralab.adapters.decomposed import Decomposed, num_bytes
 from loralab.adapters.difference import Difference, adapter_of_difference
-from loralab.adapters.extracting import adapter_parameters, count_parameters, dropout_tables, extract
+from loralab.adapters.extracting import (
+    adapter_parameters,
+    count_parameters,
+    dropout_tables,
+    extract,
+)
 from loralab.adapters.fingerprint import fingerprint, is_from_base
 from loralab.adapters.fitting import misfits
 from loralab.adapters.hosting import adapted_modules

@@ -14,6 +14,7 @@ from loralab.adapters.doubles import plain_tensors
 from loralab.adapters.hosting import adapted_modules
 from loralab.adapters.installing import hosting
 from loralab.adapters.items import Own, Pair, Rows
+from loralab.adapters.noise import table
 from loralab.adapters.peft_limits import apart_at, bystanders, other_names
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.targets import walk
@@ -34,6 +35,20 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
                 seen.add(id(parameter))
                 found[f"{prefix}.{key}"] = parameter
     return found
+
+
+def dropout_tables(model: nn.Module, name: str) -> list[Tensor]:
+    """The tables that adapter `name` takes its dropout masks from, made now where they were not.
+
+    They outlive the model: a process keeps them for its next steps.
+    """
+    found: dict[int, Tensor] = {}
+    for _, module in adapted_modules(model):
+        pair, weight = module.adapters.get(name), getattr(module, "weight", None)
+        if isinstance(pair, Pair) and pair.dropout and isinstance(weight, Tensor):
+            made = table(pair.A.shape[-1], pair.dropout, weight.dtype, weight.device)
+            found[id(made)] = made
+    return list(found.values())
 
 
 def extract(model: nn.Module, name: str) -> Adapter:

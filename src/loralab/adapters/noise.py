@@ -24,8 +24,9 @@ Places = Int[Tensor, " rows"]
 @no_type_check
 def draw_places(x: Float[Tensor, "*rows width"]) -> Places:
     """A random place in the table for each row of `x`, from the generator of its device."""
-    num_rows = x.numel() // max(1, x.shape[-1])
-    return torch.randint(NUM_FLIPS - x.shape[-1] + 1, (num_rows,), device=x.device)
+    width = x.shape[-1]
+    num_rows = x.numel() // max(1, width)
+    return torch.randint(num_flips(width) - width + 1, (num_rows,), device=x.device)
 
 
 @no_type_check
@@ -36,7 +37,7 @@ def mask_at(
 
     An entry is dropped with probability `dropout`, to 1 in 65,536.
     """
-    flips = _table(dropout, x.dtype, x.device, active_fake_mode())
+    flips = table(x.shape[-1], dropout, x.dtype, x.device)
     return flips.unfold(0, x.shape[-1], 1).index_select(0, places).view(x.shape)
 
 
@@ -48,9 +49,23 @@ def kept(
     return mask_at(x, places, dropout).mul_(x)
 
 
+def num_flips(width: int) -> int:
+    """How many flips the table for rows of `width` has: room for at least `width` other places."""
+    return max(NUM_FLIPS, 2 * width)
+
+
+def table(
+    width: int, dropout: float | int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, " flips"]:
+    """The flips that rows of `width` are masked by, made at the first call; a process keeps it."""
+    return _table(num_flips(width), dropout, dtype, device, active_fake_mode())
+
+
 @functools.lru_cache(maxsize=8)
-def _table(dropout: float | int, dtype: torch.dtype, device: torch.device, _mode: object) -> Tensor:
+def _table(
+    count: int, dropout: float | int, dtype: torch.dtype, device: torch.device, _mode: object
+) -> Tensor:
     """1 with probability `1 - dropout`, else 0; the same flips on every device."""
     generator = torch.Generator().manual_seed(_SEED)
-    words = torch.randint(1 << 16, (NUM_FLIPS,), generator=generator, dtype=torch.int32)
+    words = torch.randint(1 << 16, (count,), generator=generator, dtype=torch.int32)
     return (words >= round(dropout * (1 << 16))).to(device, dtype)

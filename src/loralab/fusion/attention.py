@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from loralab.placement import device_kind
+
 SHORT_ROW_TOKENS = 128
 """Up to here the matrices of attention weights are small beside the other activations."""
 
@@ -33,7 +35,7 @@ class Attended(NamedTuple):
 
 def attend(q: Queries, k: Keys, v: Keys, mask: Mask) -> tuple[Queries, Attended]:
     """`softmax(q k' / sqrt(head_size)) v`; each key serves `heads / groups` heads in turn."""
-    if q.device.type != "cpu" or k.shape[2] > SHORT_ROW_TOKENS:
+    if device_kind(q) != "cpu" or k.shape[2] > SHORT_ROW_TOKENS:
         return _kernel(q, k, v, mask), Attended(q, k, v, mask, None)
     scores = (_grouped(q, k) @ k.mT).mul_(q.shape[-1] ** -0.5)
     weights = _masked(scores.view(*q.shape[:3], k.shape[2]), mask).softmax(-1).view(scores.shape)

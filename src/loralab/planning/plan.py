@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from loralab.config import RunConfig
 from loralab.data import Encoded
 from loralab.errors import UntraceableError
+from loralab.placement import planned_for
 from loralab.planning.accounts import Accounts, Stretch
 from loralab.planning.blocks import linear_layers
 from loralab.planning.devices import Device
@@ -157,7 +158,8 @@ class Planner:
             training__batch_size=1, training__accumulation=1, data__max_tokens=1
         ).model_dump_json()
         if key not in self._sources:
-            self._sources[key] = traceable(config, self.step, self.model)
+            with planned_for(self.device.type):
+                self._sources[key] = traceable(config, self.step, self.model)
         return self._sources[key]
 
 

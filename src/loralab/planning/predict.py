@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from loralab.config import RunConfig
 from loralab.data import Encoded
+from loralab.placement import planned_for
 from loralab.planning.accounts import Accounts, account
 from loralab.planning.blocks import Run, places_of
 from loralab.planning.devices import Device
@@ -12,7 +13,6 @@ from loralab.planning.facts import rules_for
 from loralab.planning.steps import Traceable, rows_for
 from loralab.planning.timeline import Timeline
 from loralab.planning.trace import Tracer, trace
-from loralab.training import planned_for
 
 
 def predict(

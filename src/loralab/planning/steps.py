@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from loralab.adapters import adapter_parameters
+from loralab.adapters import adapter_parameters, dropout_tables
 from loralab.config import RunConfig
 from loralab.data import Encoded, collate
 from loralab.errors import PlanError
@@ -111,6 +111,8 @@ class OwnStep(Traceable):
             tracer.label(adapter_parameters(model, cut.route).values(), "adapters")
         tracer.label(fakes.values(), "weights")
         with tracer.building():
+            if cut.route is not None:
+                tracer.label(dropout_tables(model, cut.route), "dropout table")
             return Ready(repeatable_step(cut, rows), model, before=_nothing)
 
 

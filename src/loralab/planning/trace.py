@@ -154,11 +154,12 @@ class Tracer(TorchDispatchMode):
         if func is _ASK_VALUE and isinstance(args[0], FakeTensor):
             return _plausible(args[0].dtype)
         self._op = func.__name__
+        on_host = kwargs.pop("pin_memory", None)  # whoever pins wants the host's memory
         result = self._run(func, args, kwargs)
         phase, place = self._now()
         self._note_moment(phase, place)
         for tensor in _tensors(result):
-            self._born(tensor)
+            self._born(tensor, on_host=bool(on_host))
         self._num_ops += 1
         self._flops += _flops(func, args, kwargs, result)
         workspace = self._rules.workspace_bytes(func, args, kwargs, result)
@@ -269,14 +270,14 @@ class Tracer(TorchDispatchMode):
             self._moments.append((self._clock, *moment))
 
     @no_type_check
-    def _born(self, tensor: Tensor) -> Block | None:
+    def _born(self, tensor: Tensor, *, on_host: bool = False) -> Block | None:
         if tensor.layout != torch.strided:
             return None
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:
             return None
-        block = self._add(storage.nbytes())
+        block = self._add(0 if on_host else storage.nbytes())
         self._live[key] = block
         weakref.finalize(storage, self._died, key).atexit = False
         return block

@@ -1,6 +1,6 @@
 """Methods, the training loop as a generator of events, checkpoints, predictions, the doctor."""
 
-from loralab.training.devices import choose_device, planned_for, use_threads
+from loralab.training.devices import choose_device, use_threads
 from loralab.training.doctor import examine, examine_setup
 from loralab.training.effective_step import EffectiveStep, effective_step, summarise
 from loralab.training.events import (
@@ -54,7 +54,6 @@ __all__ = [
     "lay_out",
     "lora_config",
     "mean_nll",
-    "planned_for",
     "predict",
     "prepare",
     "repeatable_step",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loralab.fusion import SHORT_ROW_TOKENS
-from loralab.training.devices import device_kind
+from loralab.placement import device_kind
 
 
 @contextmanager

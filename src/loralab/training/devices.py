@@ -1,11 +1,6 @@
 """Where a training runs, and on how many threads."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-
 import torch
-from torch import Tensor
 
 from loralab.config import TrainingSection
 from loralab.errors import ConfigError
@@ -32,24 +27,6 @@ def choose_device(name: str = "auto") -> torch.device:
             "use auto, or one of those.",
         )
     return device
-
-
-_planned_kind: ContextVar[str | None] = ContextVar("planned_kind", default=None)
-
-
-@contextmanager
-def planned_for(kind: str) -> Iterator[None]:
-    """Inside, steps choose what they would on a device of this kind ("cuda"), wherever they run."""
-    token = _planned_kind.set(kind)
-    try:
-        yield
-    finally:
-        _planned_kind.reset(token)
-
-
-def device_kind(tensor: Tensor) -> str:
-    """The kind of device ("cpu", "cuda") that choices are made for: the plan's, or the tensor's."""
-    return _planned_kind.get() or tensor.device.type
 
 
 def use_threads(training: TrainingSection) -> int:

@@ -13,6 +13,7 @@ from loralab.config import MethodSection, Task, TrainingSection
 from loralab.data import Encoded
 from loralab.errors import ConfigError, TargetError
 from loralab.models import blocks, enable_activation_checkpointing, head_name, lower_parameters
+from loralab.placement import device_kind
 from loralab.training.devices import choose_device, use_threads
 from loralab.training.starting import (
     FROM_DATA,
@@ -142,7 +143,7 @@ def prepare(
         parameter.requires_grad_(name in chosen)
     if training.activation_checkpointing:
         enable_activation_checkpointing(model)
-    if training.offload_activations and device.type == "cpu":
+    if training.offload_activations and device_kind(device) == "cpu":
         raise ConfigError(
             "training.offload_activations moves activations to the host, where they are already",
             "set it to false, or training.activation_checkpointing to true.",
