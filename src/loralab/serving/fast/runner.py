@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from loralab.adapters import hosted, merged_name
 from loralab.errors import RouteError
 from loralab.serving.fast.batch import flatten, mix_of
+from loralab.serving.fast.building import load_kernel
 from loralab.serving.fast.coverage import Sites, Table, signature
 from loralab.serving.fast.decoder import Decoder, find_decoder
+from loralab.serving.fast.kernel_step import KernelStep, kernel_limits
 from loralab.serving.fast.steps import Step, TorchStep
 from loralab.serving.runner import Chunk, Runner
 
@@ -36,8 +38,20 @@ def fast_runner(
     if isinstance(decoder, str):
         log.info("the plain runner serves this model: %s", decoder)
         return plain()
-    step = TorchStep(decoder, num_slots, max_tokens)
+    step = _best_step(decoder, num_slots, max_tokens)
     return FastRunner(model, decoder, step, plain, num_slots, max_tokens)
+
+
+def _best_step(decoder: Decoder, num_slots: int, max_tokens: int) -> Step:
+    """The kernel where it is there and covers the decoder, torch's operations elsewhere."""
+    limits = kernel_limits(decoder)
+    if limits is not None:
+        log.info("decoding runs on torch's operations: the kernel does not cover it: %s", limits)
+        return TorchStep(decoder, num_slots, max_tokens)
+    library = load_kernel()
+    if library is None:
+        return TorchStep(decoder, num_slots, max_tokens)
+    return KernelStep(library, decoder, num_slots, max_tokens)
 
 
 @dataclass

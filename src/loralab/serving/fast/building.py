@@ -1,0 +1,111 @@
+"""The kernel as a shared library: compiled at first use, kept by the hash of all that made it.
+
+The library lies in the user's cache, in a folder that nobody else may write to. Any failure leaves
+torch's operations, with one line in the log that says why.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from loralab.catalogue import cache_folder
+
+log = logging.getLogger("loralab")
+
+SOURCES = Path(__file__).with_name("kernel")
+_FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-shared", "-pthread")
+_COMPILERS = ("g++", "clang++", "c++")
+_COMPILE_SECONDS = 300
+
+
+class NoKernelError(Exception):
+    """There is no kernel here; the message says why."""
+
+
+@functools.cache
+def load_kernel() -> ctypes.CDLL | None:
+    """The kernel's library; None where `LORALAB_KERNELS=off` or none can be made (logged once)."""
+    if os.environ.get("LORALAB_KERNELS", "").lower() in ("off", "0", "no"):
+        return None
+    try:
+        return ctypes.CDLL(str(build()))
+    except (NoKernelError, OSError) as error:
+        log.warning("decoding runs on torch's operations: %s", error)
+        return None
+
+
+def build(extra_flags: tuple[str, ...] = ()) -> Path:
+    """The library's file, compiled where it is not there yet. Raises `NoKernelError`."""
+    compiler = find_compiler()
+    flags = (*_FLAGS, *extra_flags)
+    folder = _own_folder(cache_folder() / "kernels")
+    library = folder / f"decoder-{_identity(compiler, flags)}.so"
+    if not library.exists():
+        _compile(compiler, flags, library)
+    return library
+
+
+def find_compiler() -> str:
+    """The C++ compiler: `CXX`, else the first known one. Raises `NoKernelError`."""
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else _COMPILERS:
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    raise NoKernelError(f"no C++ compiler ({wanted or ', '.join(_COMPILERS)}) is installed")
+
+
+def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
+    """Compiles aside, then renames: another process never sees half a library."""
+    handle, aside = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=library.parent)
+    os.close(handle)
+    command = [compiler, *flags, "-o", aside, str(SOURCES / "decoder.cpp")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+        if done.returncode:
+            raise NoKernelError(f"{compiler} failed: {done.stderr.strip()[-400:]}")
+        Path(aside).replace(library)
+    except subprocess.TimeoutExpired as error:
+        raise NoKernelError(f"{compiler} took more than {_COMPILE_SECONDS} s") from error
+    finally:
+        Path(aside).unlink(missing_ok=True)
+
+
+def _own_folder(folder: Path) -> Path:
+    """The folder, which only this user may write to: what lies there is run."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise NoKernelError(f"{folder} cannot be made: {error.strerror}") from error
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise NoKernelError(f"{folder} may be written to by other users")
+    return folder
+
+
+def _identity(compiler: str, flags: tuple[str, ...]) -> str:
+    """A hash of the sources, the compiler, its flags and the processor they are meant for."""
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+    for part in (version.stdout, *flags, _processor()):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    told = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+    return "\n".join(told[:2]) or platform.processor() + platform.machine()

@@ -1,0 +1,147 @@
+// Products of rows with the base's weights and with low-rank pairs. A row's result depends on that
+// row and the weights alone, bit for bit: whatever rows stand beside it, its sums run in one order.
+#pragma once
+
+#include <algorithm>
+
+#include "lanes.h"
+
+namespace loralab {
+
+constexpr int COLUMNS = 32;  // outputs of one piece of work, and of one tile of B
+constexpr int STRIP = 64;    // rows that a tile of outputs holds
+constexpr int MOST_ROWS = 6; // rows of one inner product: 6 x 4 sums fill the registers
+
+// A product's outputs before they are stored: fp32, rows x COLUMNS.
+struct Tile {
+  alignas(64) float at[STRIP][COLUMNS];
+};
+
+template <class T, int ROWS, int NUM, bool FETCH>
+inline void dots(const T* const* x, const T* w, int64_t size, float* out, int64_t stride) {
+  Floats sum[ROWS][NUM] = {};
+  for (int64_t k = 0; k < size; k += PACK<T>) {
+    typename Pack<T>::Type b[NUM];
+    for (int n = 0; n < NUM; ++n) {
+      b[n] = load_pack(w + n * size + k);
+      if (FETCH) __builtin_prefetch(w + (n + NUM) * size + k);
+    }
+    for (int m = 0; m < ROWS; ++m) {
+      auto a = load_pack(x[m] + k);
+      for (int n = 0; n < NUM; ++n) sum[m][n] = Pack<T>::dot(sum[m][n], a, b[n]);
+    }
+  }
+  for (int m = 0; m < ROWS; ++m) {
+    if (NUM == 4) {
+      store_as(out + m * stride, sums(sum[m][0], sum[m][1 % NUM], sum[m][2 % NUM], sum[m][3 % NUM]));
+    } else {
+      for (int n = 0; n < NUM; ++n) out[m * stride + n] = loralab::sum(sum[m][n]);
+    }
+  }
+}
+
+template <class T, int NUM, bool FETCH>
+inline void dots(int rows, const T* const* x, const T* w, int64_t size, float* out, int64_t stride) {
+  switch (rows) {
+    case 1: return dots<T, 1, NUM, FETCH>(x, w, size, out, stride);
+    case 2: return dots<T, 2, NUM, FETCH>(x, w, size, out, stride);
+    case 3: return dots<T, 3, NUM, FETCH>(x, w, size, out, stride);
+    case 4: return dots<T, 4, NUM, FETCH>(x, w, size, out, stride);
+    case 5: return dots<T, 5, NUM, FETCH>(x, w, size, out, stride);
+    default: return dots<T, 6, NUM, FETCH>(x, w, size, out, stride);
+  }
+}
+
+// out[row][n] = x[row] . w[n] for n < count; w is (count, size), one row after another.
+template <class T>
+void multiply(const T* const* x, int rows, const T* w, int count, int64_t size, float* out,
+              int64_t stride) {
+  const int parts = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  int n = 0;
+  for (; n + 4 <= count; n += 4) {
+    for (int part = 0, first = 0; part < parts; ++part) {
+      int here = (rows - first + parts - part - 1) / (parts - part);
+      float* to = out + first * stride + n;
+      if (part == 0) dots<T, 4, true>(here, x, w + n * size, size, to, stride);
+      else dots<T, 4, false>(here, x + first, w + n * size, size, to, stride);
+      first += here;
+    }
+  }
+  for (; n < count; ++n) {
+    for (int first = 0; first < rows; first += MOST_ROWS) {
+      int here = std::min(rows - first, MOST_ROWS);
+      dots<T, 1, false>(here, x + first, w + n * size, size, out + first * stride + n, stride);
+    }
+  }
+}
+
+// A low-rank pair, ready for use: A is (rank, in), B is cut in tiles of COLUMNS outputs, each
+// (rank / PER_LANE, COLUMNS, PER_LANE). rank is padded to a multiple of 4; 0 where there is none.
+struct Pair {
+  const void* A;
+  const void* B;
+  int64_t rank;
+  double scale;
+};
+
+template <class T, int ROWS>
+inline void expand_rows(float (*const* tile)[COLUMNS], const T* const* hidden, const T* B,
+                        int64_t rank) {
+  constexpr int PER = Pack<T>::PER_LANE;
+  Floats sum[ROWS][2];
+  for (int m = 0; m < ROWS; ++m) {
+    sum[m][0] = load_floats(*tile[m]);
+    sum[m][1] = load_floats(*tile[m] + LANES);
+  }
+  for (int64_t r = 0; r < rank; r += PER, B += 2 * PACK<T>) {
+    auto b0 = load_pack(B), b1 = load_pack(B + PACK<T>);
+    for (int m = 0; m < ROWS; ++m) {
+      auto h = Pack<T>::broadcast(hidden[m] + r);
+      sum[m][0] = Pack<T>::dot(sum[m][0], h, b0);
+      sum[m][1] = Pack<T>::dot(sum[m][1], h, b1);
+    }
+  }
+  for (int m = 0; m < ROWS; ++m) {
+    store_floats(*tile[m], sum[m][0]);
+    store_floats(*tile[m] + LANES, sum[m][1]);
+  }
+}
+
+// Adds B's tile times each hidden row to that row of outputs.
+template <class T>
+void expand(float (*const* tile)[COLUMNS], const T* const* hidden, int rows, const T* B,
+            int64_t rank) {
+  for (; rows >= 4; rows -= 4, tile += 4, hidden += 4) expand_rows<T, 4>(tile, hidden, B, rank);
+  for (; rows > 0; --rows, ++tile, ++hidden) expand_rows<T, 1>(tile, hidden, B, rank);
+}
+
+inline int64_t padded(int64_t number, int64_t to) { return (number + to - 1) / to * to; }
+
+// One pair's fp32 factors, and where they go in the form of `Pair`.
+struct Packing {
+  const float* A;
+  const float* B;
+  int64_t rank, in, out;
+  void* to_A;
+  void* to_B;
+};
+
+template <class T>
+void pack(const Packing& job) {
+  constexpr int PER = Pack<T>::PER_LANE;
+  const int64_t rank = padded(job.rank, 4);
+  T* A = static_cast<T*>(job.to_A);
+  for (int64_t i = 0; i < job.rank * job.in; i += LANES)
+    store_floats(A + i, load_floats(job.A + i));
+  std::fill(A + job.rank * job.in, A + rank * job.in, T{});
+  T* B = static_cast<T*>(job.to_B);
+  for (int64_t n = 0; n < padded(job.out, COLUMNS); ++n) {
+    T* tile = B + n / COLUMNS * rank * COLUMNS + n % COLUMNS * PER;
+    for (int64_t r = 0; r < rank; ++r) {
+      float value = n < job.out && r < job.rank ? job.B[n * job.rank + r] : 0.0f;
+      tile[r / PER * COLUMNS * PER + r % PER] = from_float<T>(value);
+    }
+  }
+}
+
+}  // namespace loralab

@@ -1,0 +1,262 @@
+"""The decoding step as one call of the compiled kernel: every block, any mix of adapters.
+
+The kernel reads the base's weights where they are. An adapter is one piece of memory in the
+kernel's layout, so that it comes and goes without touching another.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, c_double, c_int64, c_void_p
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from loralab.serving.fast.batch import Batch
+from loralab.serving.fast.coverage import Factors, Table
+from loralab.serving.fast.decoder import Decoder
+from loralab.serving.fast.steps import Cache
+
+_NUM_PROJECTIONS = 7
+_INPUT_MULTIPLE = 32  # numbers of half precision in 64 bytes
+_MOST_BLOCKS = 300
+_RANK_MULTIPLE, _TILE = 4, 32
+_SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        ("weights", c_void_p * _NUM_PROJECTIONS),
+        ("biases", c_void_p * _NUM_PROJECTIONS),
+        ("gains", c_void_p * 2),
+        ("epsilons", c_double * 2),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in (
+            "num_blocks", "width", "num_heads", "num_kv_heads", "head_size", "mlp_width", "vocab",
+            "num_slots", "max_tokens", "activation",
+        )),
+        ("blocks", POINTER(_Block)),
+        ("final_gain", c_void_p),
+        ("final_epsilon", c_double),
+        *((name, c_void_p) for name in ("output", "output_bias", "cos", "sin", "keys", "values")),
+    )  # fmt: skip
+
+
+class _Group(ctypes.Structure):
+    _fields_ = (("pairs", c_void_p), ("begin", c_int64), ("end", c_int64))
+
+
+class _Pair(ctypes.Structure):
+    _fields_ = (("A", c_void_p), ("B", c_void_p), ("rank", c_int64), ("scale", c_double))
+
+
+class _Packing(ctypes.Structure):
+    _fields_ = (
+        ("A", c_void_p),
+        ("B", c_void_p),
+        *((name, c_int64) for name in ("rank", "inputs", "outputs")),
+        ("to_A", c_void_p),
+        ("to_B", c_void_p),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in (
+            "num_tokens", "num_wanted", "num_groups", "num_entries", "most_rank",
+        )),
+        *((name, c_void_p) for name in (
+            "positions", "slots", "wanted", "groups", "entry_tokens", "entry_weights", "x",
+            "logits",
+        )),
+    )  # fmt: skip
+
+
+def kernel_limits(decoder: Decoder) -> str | None:
+    """Why the kernel cannot run this decoder; None where it can."""
+    block = decoder.blocks[0]
+    sizes = {projection.weight.shape[1] for projection in block.projections}
+    if decoder.device.type != "cpu" or decoder.dtype not in _SUFFIX:
+        return f"it runs {decoder.dtype} on {decoder.device}, not fp32 or bf16 on the CPU"
+    if any(size % _INPUT_MULTIPLE for size in sizes) or decoder.head_size % _INPUT_MULTIPLE:
+        return f"its layers and heads are no multiples of {_INPUT_MULTIPLE} wide"
+    if len(decoder.blocks) > _MOST_BLOCKS:
+        return f"it has more than {_MOST_BLOCKS} blocks"
+    weights = [p.weight for each in decoder.blocks for p in each.projections]
+    if not all(weight.is_contiguous() for weight in (*weights, decoder.output.weight)):
+        return "its weights are not stored row by row"
+    return None
+
+
+class _Packed:
+    """An adapter in the kernel's layout. bytes: all of its factors."""
+
+    def __init__(self, pairs: "ctypes.Array[_Pair]", memory: Tensor, most_rank: int) -> None:
+        self.pairs, self.memory, self.most_rank = pairs, memory, most_rank
+
+
+class KernelStep:
+    """A `Step` whose products, attention and norms are the kernel's.
+
+    A token's logits depend on its sequence and its adapters alone, bit for bit: not on what else is
+    in the batch, nor on how the text was cut into chunks, nor on the number of threads.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL, decoder: Decoder, num_slots: int, max_tokens: int
+    ) -> None:
+        suffix = _SUFFIX[decoder.dtype]
+        self._run = getattr(library, f"loralab_run_{suffix}")
+        self._pack = getattr(library, f"loralab_pack_{suffix}")
+        self._run.argtypes = (c_void_p, c_void_p, ctypes.c_int)
+        self._pack.argtypes = (c_void_p, c_int64, ctypes.c_int)
+        self._run.restype = self._pack.restype = None
+        _check_sizes(library)
+        self.decoder = decoder
+        self.cache = Cache(decoder, num_slots, max_tokens)
+        self._adapters: dict[str, _Packed] = {}
+        self._kept: list[Tensor] = []
+        self.base_changed()
+
+    def base_changed(self) -> None:
+        """Reads anew where the base's weights are."""
+        decoder, kept = self.decoder, []
+
+        def place(tensor: Tensor | None) -> int | None:
+            if tensor is None:
+                return None
+            kept.append(tensor)
+            return tensor.data_ptr()
+
+        self._blocks = (_Block * len(decoder.blocks))()
+        for block, made in zip(decoder.blocks, self._blocks, strict=True):
+            made.weights[:] = [place(each.weight) for each in block.projections]
+            made.biases[:] = [place(each.bias) for each in block.projections]
+            norms = block.attention_norm, block.mlp_norm
+            made.gains[:] = [place(norm.gain.float().contiguous()) for norm in norms]
+            made.epsilons[:] = [norm.epsilon for norm in norms]
+        first = decoder.blocks[0].projections
+        keys = self.cache.keys
+        self._model = _Model(
+            num_blocks=len(decoder.blocks),
+            width=first[0].weight.shape[1],
+            num_heads=decoder.num_heads,
+            num_kv_heads=decoder.num_kv_heads,
+            head_size=decoder.head_size,
+            mlp_width=first[4].weight.shape[0],
+            vocab=decoder.output.weight.shape[0],
+            num_slots=keys.shape[1],
+            max_tokens=keys.shape[3],
+            activation=decoder.activation,
+            blocks=self._blocks,
+            final_gain=place(decoder.final_norm.gain.float().contiguous()),
+            final_epsilon=decoder.final_norm.epsilon,
+            output=place(decoder.output.weight),
+            output_bias=place(decoder.output.bias),
+            cos=place(decoder.cos.float().contiguous()),
+            sin=place(decoder.sin.float().contiguous()),
+            keys=keys.data_ptr(),
+            values=self.cache.values.data_ptr(),
+        )
+        self._kept = kept
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Makes the target slot hold the first tokens of the source slot."""
+        self.cache.copy_prefix(source, target, num_tokens)
+
+    def put(self, name: str, table: Table) -> None:
+        """Copies an adapter's factors into the kernel's layout."""
+        flat = [each for block in table for each in block]
+        bytes_each = self.decoder.dtype.itemsize
+        ranks = [
+            0 if f is None else -(-f.A.shape[0] // _RANK_MULTIPLE) * _RANK_MULTIPLE for f in flat
+        ]
+        sizes = [
+            (0, 0)
+            if f is None
+            else (
+                _aligned(rank * f.A.shape[1] * bytes_each),
+                _aligned(rank * _tiled(f.B.shape[0]) * bytes_each),
+            )
+            for f, rank in zip(flat, ranks, strict=True)
+        ]
+        memory = torch.empty(sum(map(sum, sizes)) + 64, dtype=torch.uint8)
+        at = _aligned(memory.data_ptr())
+        pairs = (_Pair * len(flat))()
+        jobs, kept = [], []
+        for pair, factors, rank, (bytes_A, bytes_B) in zip(pairs, flat, ranks, sizes, strict=True):
+            if factors is None:
+                continue
+            pair.A, pair.B, pair.rank, pair.scale = at, at + bytes_A, rank, factors.scale
+            jobs.append(_packing(factors, at, at + bytes_A, kept))
+            at += bytes_A + bytes_B
+        self._pack((_Packing * len(jobs))(*jobs), len(jobs), torch.get_num_threads())
+        self._adapters[name] = _Packed(pairs, memory, max(ranks, default=0))
+
+    def remove(self, name: str) -> None:
+        """Lets an adapter go."""
+        self._adapters.pop(name, None)
+
+    @torch.no_grad()
+    def run(self, batch: Batch) -> Float[Tensor, "wanted vocab"]:
+        """fp32 logits after the wanted tokens; the cache holds all tokens afterwards."""
+        used = [self._adapters[group.adapter] for group in batch.groups]
+        groups, entries, at = (_Group * len(used))(), [], 0
+        for made, group, packed in zip(groups, batch.groups, used, strict=True):
+            made.pairs = ctypes.addressof(packed.pairs)
+            made.begin, made.end = at, at + len(group.tokens)
+            at = made.end
+            entries.extend(group.tokens)
+        numbers = torch.tensor(
+            [*batch.positions, *batch.slots, *batch.wanted, *entries], dtype=torch.int64
+        )
+        num_tokens, num_wanted = len(batch.ids), len(batch.wanted)
+        weights = torch.tensor([w for group in batch.groups for w in group.weights])
+        x = F.embedding(torch.tensor(batch.ids), self.decoder.embedding.weight).float()
+        logits = torch.empty(num_wanted, self._model.vocab)
+        first = numbers.data_ptr()
+        step = _Step(
+            num_tokens=num_tokens,
+            num_wanted=num_wanted,
+            num_groups=len(used),
+            num_entries=len(entries),
+            most_rank=max((packed.most_rank for packed in used), default=0),
+            positions=first,
+            slots=first + 8 * num_tokens,
+            wanted=first + 16 * num_tokens,
+            groups=ctypes.addressof(groups),
+            entry_tokens=first + 16 * num_tokens + 8 * num_wanted,
+            entry_weights=weights.data_ptr(),
+            x=x.data_ptr(),
+            logits=logits.data_ptr(),
+        )
+        self._run(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads())
+        return logits
+
+
+def _packing(factors: Factors, to_A: int, to_B: int, kept: list[Tensor]) -> _Packing:
+    A, B = (factor.float().contiguous() for factor in factors[:2])
+    kept.extend((A, B))
+    (rank, inputs), outputs = A.shape, B.shape[0]
+    return _Packing(A.data_ptr(), B.data_ptr(), rank, inputs, outputs, to_A, to_B)
+
+
+def _aligned(number: int) -> int:
+    return (number + 63) // 64 * 64
+
+
+def _tiled(outputs: int) -> int:
+    return -(-outputs // _TILE) * _TILE
+
+
+def _check_sizes(library: ctypes.CDLL) -> None:
+    library.loralab_sizes.restype = c_int64
+    sizes: Sequence[int] = [ctypes.sizeof(kind) for kind in (_Model, _Block, _Step, _Group)]
+    meant = sum(size * 1000**power for power, size in enumerate(sizes))
+    if library.loralab_sizes() != meant:
+        raise RuntimeError("the kernel's structures and those of kernel_step.py differ")
