@@ -78,6 +78,12 @@ class RequestError(LoralabError):
     """A request that cannot be served as it is: a prompt that is too long, a bad parameter."""
 
 
+class ServerError(LoralabError):
+    """Another server that answers otherwise than it should: no JSON, no such model, a refusal."""
+
+    exit_code = 1
+
+
 class CapacityError(LoralabError):
     """The server is full for now: the same request may succeed later."""
 
