@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,16 @@ def rank(
     overrides: Sequence[str] = (),
     tolerance: float = TOLERANCE,
     rule: Rule = "uniform",
+    rules: Sequence[Rule] = RULES,
+    ranks: Sequence[int] = RANKS,
     output: str | Path | None = None,
     listen: Listener = ignore,
 ) -> dict[str, Any]:
     """The smallest rank of the adapter in `source` that loses no more than `tolerance` nats.
 
     source: a finished LoRA run, or an adapter's folder. data: held-out rows (a file, a catalogue
-    name, ...) instead of the run's own. rule: which of the two curves is decided on. output: a new
+    name, ...) instead of the run's own. rule: which of the curves is decided on; rules: which are
+    measured. ranks: which are tried, as far as they are below the adapter's own. output: a new
     folder for the truncated adapter, rank.json and report.html.
 
     Returns the document that docs/rank.md describes. Raises any `LoralabError` of what does not fit
@@ -54,7 +58,8 @@ def rank(
         refuse_existing(Path(output))
     subject = open_subject(source, base=base, data=data, overrides=overrides)
     rows = held_out(subject, data, listen)
-    document = examine(subject, rows, tolerance=tolerance, rule=rule, listen=listen)
+    asked = Asked(tolerance, rule, tuple(dict.fromkeys((rule, *rules))), falling(ranks))
+    document = examine(subject, rows, asked, listen)
     if output is not None:
         store(subject, document, Path(output))
     return document
@@ -69,19 +74,34 @@ def check_tolerance(tolerance: float) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is measured (`rules`, falling `ranks`), and how it is decided."""
+
+    tolerance: float
+    rule: Rule
+    rules: tuple[Rule, ...]
+    ranks: tuple[int, ...]
+
+
+def falling(ranks: Sequence[int]) -> tuple[int, ...]:
+    """The ranks from the largest to the smallest. Raises `ConfigError` where one is none."""
+    bad = [rank for rank in ranks if rank < 1]
+    if bad or not ranks:
+        raise ConfigError(
+            f"ranks to try: {', '.join(map(str, bad)) or 'none'}", "give whole numbers above 0."
+        )
+    return tuple(sorted(set(ranks), reverse=True))
+
+
 def examine(
-    subject: Subject,
-    rows: HeldOut,
-    *,
-    tolerance: float,
-    rule: Rule,
-    listen: Listener = ignore,
+    subject: Subject, rows: HeldOut, asked: Asked, listen: Listener = ignore
 ) -> dict[str, Any]:
     """The document of a subject on its rows."""
     whole = decompose(subject)
     reference = subject.scores(subject.adapter, rows.choose)
-    candidates = list(_scored(subject, whole, rows, listen))
-    curve = rank_curve(reference, candidates, tolerance, groups_of(rows.choose))
+    candidates = list(_scored(subject, whole, rows, asked, listen))
+    curve = rank_curve(reference, candidates, asked.tolerance, groups_of(rows.choose))
     listen(Phase(f"confirming on {len(rows.confirm)} rows"))
     fresh = subject.scores(subject.adapter, rows.confirm)
     document = {
@@ -89,8 +109,8 @@ def examine(
         "base": subject.config.model.name,
         "task": subject.config.model.task,
         "unit": "nats a token" if subject.config.model.task == "causal" else "nats a row",
-        "tolerance": tolerance,
-        "rule": rule,
+        "tolerance": asked.tolerance,
+        "rule": asked.rule,
         "rows": rows.facts(),
         "full": _full(whole, reference),
         "curve": curve,
@@ -125,12 +145,17 @@ def _full(whole: Decomposed, reference: RowScores) -> dict[str, Any]:
 
 
 def _scored(
-    subject: Subject, whole: Decomposed, rows: HeldOut, listen: Listener
+    subject: Subject, whole: Decomposed, rows: HeldOut, asked: Asked, listen: Listener
 ) -> Iterator[Candidate]:
-    """Every candidate of both rules, by falling rank."""
-    wanted = list(sizes(whole))
-    listen(Phase("candidates", len(wanted) * len(RULES), "adapters"))
-    for done, (rule, size) in enumerate(itertools.product(RULES, wanted)):
+    """Every candidate of each rule, by falling rank."""
+    wanted = [size for size in asked.ranks if size < whole.rank]
+    if not wanted:
+        raise ConfigError(
+            f"{subject.source} has rank {whole.rank}, and no smaller rank is to be tried",
+            "give --ranks below it, or train at a higher rank.",
+        )
+    listen(Phase("candidates", len(wanted) * len(asked.rules), "adapters"))
+    for done, (rule, size) in enumerate(itertools.product(asked.rules, wanted), start=1):
         ranks = whole.uniform_ranks(size) if rule == "uniform" else whole.global_ranks(size)
         adapter = whole.truncated(ranks)
         yield Candidate(
@@ -142,12 +167,7 @@ def _scored(
             relative_error=whole.relative_error(ranks),
             scores=subject.scores(adapter, rows.choose),
         )
-        listen(Progress(done + 1))
-
-
-def sizes(whole: Decomposed) -> Iterator[int]:
-    """The ranks to try: half octaves below the adapter's own, falling to 1."""
-    return (size for size in RANKS if size < whole.rank)
+        listen(Progress(done))
 
 
 def _choices(
@@ -160,7 +180,8 @@ def _choices(
     """Each rule's choice with its confirmation; `chosen` is that of the rule decided on."""
     found: dict[str, dict[str, Any] | None] = {}
     whole = Decomposed(subject.adapter)
-    for rule in RULES:
+    rules: list[Rule] = list(dict.fromkeys(candidate.rule for candidate in candidates))
+    for rule in rules:
         index = chosen_index(document["curve"], rule)
         if index is None:
             found[rule] = None
