@@ -53,7 +53,7 @@ class Sampler:
         else:
             token = self._draw(*kept(scores / s.temperature, s.top_k, s.top_p))
         self._seen.add(token)
-        return Chosen(token) if s.logprobs is None else _judged(token, logits, s.logprobs)
+        return Chosen(token) if s.logprobs is None else judged(token, logits, s.logprobs)
 
     def _penalised(self, logits: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
         penalty = self.sampling.repetition_penalty
@@ -110,7 +110,7 @@ def choose_tokens(
     ]
 
 
-def _judged(token: int, logits: Float[Tensor, " vocab"], num_best: int) -> Chosen:
+def judged(token: int, logits: Float[Tensor, " vocab"], num_best: int) -> Chosen:
     """The token with the model's own log-probabilities, before any penalty or filter."""
     logprobs = torch.log_softmax(logits, 0)
     values, tokens = logprobs.topk(min(num_best, len(logprobs)))
