@@ -134,8 +134,13 @@ def _bystanders(adapter: Adapter) -> dict[str, Tensor]:
     }
 
 
-def read_adapter(path: str | Path) -> Adapter:
-    """A PEFT folder as a value. Raises `AdapterError` that lists everything that is wrong."""
+def read_adapter(path: str | Path, *, proved_later: bool = False) -> Adapter:
+    """A PEFT folder as a value. Raises `AdapterError` that lists everything that is wrong.
+
+    proved_later: settings that differ from those that the tensors were saved with, and probes of
+        another content, are no faults: `facts["changed"]` names them, and whoever asks must hold
+        the adapter against its probes.
+    """
     folder = Path(path)
     faults: list[str] = []
     raw = _read_config(folder / CONFIG_FILE, faults)
@@ -146,15 +151,19 @@ def read_adapter(path: str | Path) -> Adapter:
         adapter = assemble(config, raw or {}, weights.tensors, weights.metadata, faults)
     if weights is not None:
         faults.extend(f"tensor {name!r} holds NaN or Inf" for name in weights.not_finite())
+    changed: list[str] = []
     if not faults and weights is not None:
-        _check_unchanged(weights, raw, faults)
-        probes = read_probes(folder, weights.metadata.get(CONTENT), faults)
+        _check_unchanged(weights, raw, faults, changed)
+        probes = read_probes(folder, weights.metadata.get(CONTENT), faults, of_any=proved_later)
+        if not proved_later:
+            faults += changed
     if faults or adapter is None:
         raise AdapterError(
             "\n  - ".join([f"{folder} is no usable adapter", *faults]),
             "fetch or save the adapter again; nothing was loaded.",
         )
-    return replace(adapter, probes=probes)
+    facts = {**adapter.facts, "changed": changed[0]} if changed else adapter.facts
+    return replace(adapter, probes=probes, facts=facts)
 
 
 def outline_adapter(path: str | Path) -> Adapter:
@@ -206,15 +215,18 @@ def content_hash(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def _check_unchanged(weights: WeightsFile, raw: Any, faults: list[str]) -> None:
-    """Finds damage by checksums, where the files are ours; who an adapter is says its hash."""
+def _check_unchanged(weights: WeightsFile, raw: Any, faults: list[str], changed: list[str]) -> None:
+    """Finds damage by checksums, where the files are ours; who an adapter is says its hash.
+
+    Tensors that differ are faults; settings that do are `changed`.
+    """
     metadata = weights.metadata
     if not any(key.startswith("loralab.") for key in metadata):
         return
     if not weights.is_intact():
         faults.append(f"{WEIGHTS_FILE} differs from what was saved (its checksum is another)")
     elif metadata.get(CONFIG_CHECKSUM) != _config_checksum(raw):
-        faults.append(f"{CONFIG_FILE} differs from what was saved with {WEIGHTS_FILE}")
+        changed.append(f"{CONFIG_FILE} differs from what was saved with {WEIGHTS_FILE}")
 
 
 def _config_checksum(config: Any) -> str:

@@ -41,8 +41,13 @@ def write_probes(folder: Path, probes: Sequence[Probe], adapter_sha256: str) -> 
     write_json(file, {"adapter": adapter_sha256, "probes": rows, "checksum": _checksum(rows)})
 
 
-def read_probes(folder: Path, adapter_sha256: str | None, faults: list[str]) -> tuple[Probe, ...]:
-    """The folder's probes; damage, and probes of another adapter, are added to `faults`."""
+def read_probes(
+    folder: Path, adapter_sha256: str | None, faults: list[str], *, of_any: bool = False
+) -> tuple[Probe, ...]:
+    """The folder's probes; damage, and probes of another adapter, are added to `faults`.
+
+    of_any: probes of another adapter are given too.
+    """
     file = folder / PROBES_FILE
     if not file.is_file():
         return ()
@@ -56,7 +61,7 @@ def read_probes(folder: Path, adapter_sha256: str | None, faults: list[str]) -> 
         return ()
     if not intact:
         faults.append(f"{PROBES_FILE} differs from what was saved")
-    elif adapter_sha256 is None or owner != adapter_sha256:
+    elif not of_any and (adapter_sha256 is None or owner != adapter_sha256):
         faults.append(f"{PROBES_FILE} belongs to another adapter; remove it")
     else:
         return tuple(Probe(tuple(row["input_ids"]), row["log_likelihood"]) for row in rows)
