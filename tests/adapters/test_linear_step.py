@@ -8,8 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loralab.adapters import LoRAConfig, SharedInput, adapter_parameters, attach, noise, use
-from loralab.adapters.noise import draw_places, kept
-from loralab.adapters.step import low_rank_step
+from loralab.adapters.noise import draw_places, kept, streams
+from loralab.adapters.step import Part, low_rank_step
 
 
 def shared_and_factors(dropout: float = 0.0) -> tuple[SharedInput, list[torch.Tensor]]:
@@ -18,8 +18,7 @@ def shared_and_factors(dropout: float = 0.0) -> tuple[SharedInput, list[torch.Te
     shared = SharedInput(
         weights=tuple(torch.randn(out, 6).double() for out in (4, 7, 3)),
         biases=(None, torch.randn(7).double(), None),
-        scales=(0.5, None, 2.0),
-        dropout=dropout,
+        parts=(Part((0.5, None, 2.0), dropout),),
     )
     shapes = [(2, 6), (4, 2), (5, 6), (3, 5)]
     return shared, [torch.randn(shape).double().requires_grad_() for shape in shapes]
@@ -113,3 +112,32 @@ def test_rows_longer_than_the_table_have_a_table_of_their_own(monkeypatch) -> No
     assert mask.mean().item() == pytest.approx(0.75, abs=0.02)
     assert len(places.unique()) > 32
     assert torch.equal(mask, noise.mask_at(x, places, 0.25))
+
+
+def test_stretches_of_rows_use_their_own_adapters_and_streams() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(6, 5), "second": nn.Linear(5, 4)}).double()
+    for number, (name, rank, dropout) in enumerate([("a", 2, 0.4), ("b", 3, 0.0), ("c", 4, 0.2)]):
+        config = LoRAConfig(rank=rank, dropout=dropout, targets=r"first|second")
+        attach(model, config, name=name, seed=number)
+        for parameter in adapter_parameters(model, name).values():
+            nn.init.normal_(parameter)
+    inputs = {name: torch.randn(rows, 6).double() for name, rows in (("a", 3), ("b", 4), ("c", 2))}
+
+    def gradients(together: bool) -> list[torch.Tensor]:
+        generators = {name: torch.Generator().manual_seed(7) for name in inputs}
+        with streams(generators):
+            if together:
+                x = torch.cat(list(inputs.values()))[None]
+                segments = torch.tensor([[0] * 3 + [1] * 4 + [2] * 2])
+                with use(model, list(inputs), segments=segments):
+                    outputs = [model["second"](model["first"](x)).square().sum()]
+            else:
+                outputs = []
+                for name, x in inputs.items():
+                    with use(model, name):
+                        outputs.append(model["second"](model["first"](x)).square().sum())
+        parameters = [p for name in inputs for p in adapter_parameters(model, name).values()]
+        return list(torch.autograd.grad(sum(outputs), parameters))
+
+    for got, wanted in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(got, wanted)

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from loralab.adapters import LoRAConfig, SharedInput, adapter_parameters, attach, use
+from loralab.adapters.step import Part
 from loralab.fusion import fused, matching_blocks
 from loralab.fusion.block import Angles, Block, BlockStep
 from loralab.fusion.norms import RMSNorm
@@ -177,7 +178,7 @@ def random_block(dropout: float) -> tuple[Block, list[torch.Tensor]]:
     def inputs(width: int, outs: list[int], scales: list[float | None]) -> SharedInput:
         weights = tuple(torch.randn(out, width).double() for out in outs)
         biases = tuple(torch.randn(out).double() for out in outs)
-        return SharedInput(weights, biases, tuple(scales), dropout)
+        return SharedInput(weights, biases, (Part(tuple(scales), dropout),))
 
     norm = RMSNorm(torch.rand(8).double(), 1e-5)
     block = Block(
@@ -191,7 +192,7 @@ def random_block(dropout: float) -> tuple[Block, list[torch.Tensor]]:
     )
     factors = []
     for shared in block.inputs:
-        for weight, scale in zip(shared.weights, shared.scales, strict=True):
+        for weight, scale in zip(shared.weights, shared.parts[0].scales, strict=True):
             if scale is not None:
                 out, width = weight.shape
                 factors += [torch.randn(2, width).double(), torch.randn(out, 2).double()]

@@ -10,7 +10,7 @@ from loralab.adapters import attention
 from loralab.adapters.doubles import double, plain_tensors
 from loralab.adapters.items import as_addition, is_additive, replacements
 from loralab.adapters.layers import Path, path_of
-from loralab.adapters.members import fits, member_of, share
+from loralab.adapters.members import fits, member_by_rows, member_of, share
 from loralab.adapters.routes import Mix, Probe, Route
 from loralab.adapters.rows import move_rows_first, row_dimension
 from loralab.adapters.step import low_rank_step
@@ -47,6 +47,9 @@ def follow(
             "use one adapter for the whole batch, or leave the module out with `exclude`.",
         )
     x = move_rows_first(x, dimension)
+    member = member_by_rows(module, route) if route.packed is not None else None
+    if member is not None and fits(member, x):
+        return low_rank_step(x, *cast(Any, share([member])))[0]
     if all(is_additive(bank.get(name)) for mix in mixes.values() for name, _ in mix):
         y = _add_by_row(module, bank, route, x, move_rows_first(base(*args, **kwargs), dimension))
     else:

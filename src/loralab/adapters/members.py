@@ -1,7 +1,8 @@
 """Which linear layers the training step of `step` serves, and what it needs to know of them."""
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -11,22 +12,28 @@ from transformers.pytorch_utils import Conv1D
 from loralab.adapters.items import Pair
 from loralab.adapters.layers import Path, path_of
 from loralab.adapters.routes import Mix, Route, route_in_force
-from loralab.adapters.step import SharedInput
+from loralab.adapters.step import EVERY_ROW, Part, SharedInput
 
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
 
 @dataclass(frozen=True)
-class Member:
-    """A frozen linear layer and the pair that its output gains, if any.
+class Use:
+    """A pair that some of the rows gain. scale: the pair's, times its weight in the route."""
 
-    weight: (out, in). scale: the pair's, times its weight in the route.
-    """
+    name: str
+    pair: Pair
+    scale: float
+    rows: slice = field(default_factory=lambda: EVERY_ROW)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A frozen linear layer and what its output gains; weight: (out, in)."""
 
     weight: Tensor
     bias: Tensor | None
-    pair: Pair | None
-    scale: float
+    uses: tuple[Use, ...] = ()
 
 
 def base_member(module: nn.Module) -> Member | None:
@@ -41,20 +48,34 @@ def member_of(module: nn.Module, mix: Mix) -> Member | None:
     biases, several adapters at once, layers with a forward of their own (quantised ones), a base
     that trains.
     """
+    return None if len(mix) > 1 else _member(module, [(name, w, EVERY_ROW) for name, w in mix])
+
+
+def member_by_rows(module: nn.Module, route: Route) -> Member | None:
+    """The module as a member whose rows use different adapters, each a stretch of rows."""
+    bank: Any = module.adapters
+    groups = [(name, group) for name, group in route.groups.items() if name in bank._modules]
+    uses = [(n, g.weight, g.span) for n, g in groups if g.span is not None and g.weight is not None]
+    starts = sorted((rows.start, rows.stop) for _, _, rows in uses)
+    apart = all(before[1] <= after[0] for before, after in itertools.pairwise(starts))
+    return _member(module, uses) if apart and len(uses) == len(groups) else None
+
+
+def _member(module: nn.Module, uses: Sequence[tuple[str, float, slice]]) -> Member | None:
     base = getattr(module, "base_class", type(module))
-    if base.forward not in _PLAIN_FORWARDS or len(mix) > 1:
+    if base.forward not in _PLAIN_FORWARDS:
         return None
     weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     matrix = cast(Path, path_of(module)).matrix(module)
-    if not mix:
-        return Member(matrix, bias, None, 0.0)
-    ((name, route_weight),) = mix
-    item = cast(Any, module).adapters.get(name)
-    if not isinstance(item, Pair) or item.magnitude is not None or item.bias is not None:
-        return None
-    return Member(matrix, bias, item, item.scale * route_weight)
+    found = []
+    for name, route_weight, rows in uses:
+        item = cast(Any, module).adapters.get(name)
+        if not isinstance(item, Pair) or item.magnitude is not None or item.bias is not None:
+            return None
+        found.append(Use(name, item, item.scale * route_weight, rows))
+    return Member(matrix, bias, tuple(found))
 
 
 def member_in_force(module: nn.Module) -> Member | None:
@@ -63,8 +84,10 @@ def member_in_force(module: nn.Module) -> Member | None:
     if bank is None:
         return base_member(module)
     route = route_in_force(bank.host)
-    if not isinstance(route, Route) or route.is_mixed:
+    if not isinstance(route, Route):
         return None
+    if route.is_mixed:
+        return member_by_rows(module, route) if route.packed is not None else None
     return member_of(module, tuple((n, w) for n, w in route.mixes[0] if n in bank._modules))
 
 
@@ -81,17 +104,22 @@ def fits(member: Member, x: Any) -> bool:
 def share(members: Sequence[Member]) -> tuple[SharedInput, list[Tensor]] | None:
     """Members that read the same input as one, and the factors of their pairs.
 
-    None where their dropouts differ.
+    None where the dropouts of an adapter's pairs differ.
     """
-    pairs = [member.pair for member in members if member.pair is not None]
-    dropouts = {pair.dropout if pair.training else 0.0 for pair in pairs}
-    if len(dropouts) > 1:
-        return None
-    dropout = next(iter(dropouts), 0.0)
+    parts, factors = [], []
+    for name in dict.fromkeys(use.name for member in members for use in member.uses):
+        own = [next((use for use in m.uses if use.name == name), None) for m in members]
+        uses = [use for use in own if use is not None]
+        dropouts = {use.pair.dropout if use.pair.training else 0.0 for use in uses}
+        if len(dropouts) > 1:
+            return None
+        dropout = dropouts.pop()
+        scales = tuple(None if use is None else use.scale / (1 - dropout) for use in own)
+        parts.append(Part(scales, dropout, name, uses[0].rows))
+        factors += [factor for use in uses for factor in use.pair.factors()]
     shared = SharedInput(
         weights=tuple(member.weight for member in members),
         biases=tuple(member.bias for member in members),
-        scales=tuple(m.scale / (1 - dropout) if m.pair is not None else None for m in members),
-        dropout=dropout,
+        parts=tuple(parts),
     )
-    return shared, [factor for pair in pairs for factor in pair.factors()]
+    return shared, factors

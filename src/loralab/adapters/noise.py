@@ -8,11 +8,15 @@ dropped with the wanted probability, and rows, layers and steps have places of t
 """
 
 import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import no_type_check
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Generator, Tensor
 from torch._guards import active_fake_mode
 
 NUM_FLIPS = 1 << 19
@@ -20,13 +24,32 @@ _SEED = 0x10AA
 
 Places = Int[Tensor, " rows"]
 
+_NONE: Mapping[str, Generator] = MappingProxyType({})
+_streams: ContextVar[Mapping[str, Generator]] = ContextVar("streams of adapters", default=_NONE)
+
+
+@contextmanager
+def streams(generators: Mapping[str, Generator]) -> Iterator[None]:
+    """Inside, the masks of an adapter's rows are drawn from its own generator, where it has one."""
+    token = _streams.set(generators)
+    try:
+        yield
+    finally:
+        _streams.reset(token)
+
+
+def stream_of(name: str) -> Generator | None:
+    """The generator that the adapter's masks are drawn from; None for the device's own."""
+    return _streams.get().get(name)
+
 
 @no_type_check
-def draw_places(x: Float[Tensor, "*rows width"]) -> Places:
-    """A random place in the table for each row of `x`, from the generator of its device."""
+def draw_places(x: Float[Tensor, "*rows width"], stream: Generator | None = None) -> Places:
+    """A random place in the table for each row of `x`, from `stream` or its device's generator."""
     width = x.shape[-1]
     num_rows = x.numel() // max(1, width)
-    return torch.randint(num_flips(width) - width + 1, (num_rows,), device=x.device)
+    highest = num_flips(width) - width + 1
+    return torch.randint(highest, (num_rows,), generator=stream, device=x.device)
 
 
 @no_type_check

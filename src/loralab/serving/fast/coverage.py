@@ -47,10 +47,11 @@ class Sites:
                 continue
             place = self._places.get(module)
             member = member_of(module, ((name, 1.0),)) if place is not None else None
-            if place is None or member is None or member.pair is None:
+            if place is None or member is None or not member.uses:
                 return f"what it changes at {path!r} is more than a pair on a block's projection"
-            A, B = member.pair.factors()
-            table[place[0]][place[1]] = Factors(A.detach(), B.detach(), member.scale)
+            (used,) = member.uses
+            A, B = used.pair.factors()
+            table[place[0]][place[1]] = Factors(A.detach(), B.detach(), used.scale)
         return table
 
 
