@@ -1,7 +1,8 @@
 """Which adapters the decoding step covers, and their factors block by block."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ Table = list[list[Factors | None]]
 """By block and projection; None where the adapter leaves the projection as it is."""
 
 
+Hosts = list[tuple[str, nn.Module, Mapping[str, Any]]]
+"""Every module that hosts adapters: its path, itself, adapter -> what it hosts of it."""
+
+
 class Sites:
     """Where the decoder's projections are among all modules that host adapters."""
 
@@ -34,16 +39,19 @@ class Sites:
             for index, projection in enumerate(block.projections)
         }
 
-    def hosts(self) -> list[tuple[str, nn.Module]]:
-        """All modules that host adapters now."""
-        return list(adapted_modules(self._model))
+    def hosts(self) -> Hosts:
+        """All modules that host adapters now, with what each hosts."""
+        return [
+            (path, module, cast(Any, module).adapters._modules)
+            for path, module in adapted_modules(self._model)
+        ]
 
-    def factors(self, hosts: Sequence[tuple[str, nn.Module]], name: str) -> Table | str:
+    def factors(self, hosts: Hosts, name: str) -> Table | str:
         """The adapter's factors, or the reason why the step does not cover it."""
         num_blocks, num_projections = self._size
         table: Table = [[None] * num_projections for _ in range(num_blocks)]
-        for path, module in hosts:
-            if name not in module.adapters._modules:
+        for path, module, items in hosts:
+            if name not in items:
                 continue
             place = self._places.get(module)
             member = member_of(module, ((name, 1.0),)) if place is not None else None
@@ -55,18 +63,19 @@ class Sites:
         return table
 
 
-def signature(table: Table) -> tuple[object, ...]:
-    """Differs where the tensors, what was written to them, or their scales do."""
-    return tuple(
-        None
-        if each is None
-        else (
-            each.A.data_ptr(),
-            each.A._version,
-            each.B.data_ptr(),
-            each.B._version,
-            each.scale,
+class Version:
+    """What an adapter was when it was made ready: the same items with the same values?"""
+
+    def __init__(self, hosts: Hosts, name: str) -> None:
+        self._items = [items.get(name) for _, _, items in hosts]
+        self._tensors = [t for item in self._items if item is not None for t in item.parameters()]
+        self._written = [tensor._version for tensor in self._tensors]
+
+    def holds(self, hosts: Hosts, name: str) -> bool:
+        """Whether nothing was replaced or written since."""
+        now = [items.get(name) for _, _, items in hosts]
+        return (
+            len(now) == len(self._items)
+            and all(map(operator.is_, now, self._items))
+            and [tensor._version for tensor in self._tensors] == self._written
         )
-        for block in table
-        for each in block
-    )

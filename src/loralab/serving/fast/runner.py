@@ -17,7 +17,7 @@ from loralab.adapters import hosted, merged_name
 from loralab.errors import RouteError
 from loralab.serving.fast.batch import flatten, mix_of
 from loralab.serving.fast.building import load_kernel
-from loralab.serving.fast.coverage import Sites, Table, signature
+from loralab.serving.fast.coverage import Hosts, Sites, Version
 from loralab.serving.fast.decoder import Decoder, find_decoder
 from loralab.serving.fast.kernel_step import KernelStep, kernel_limits
 from loralab.serving.fast.steps import Step, TorchStep
@@ -82,8 +82,7 @@ class FastRunner:
         self._make_plain = plain
         self._plain: Runner | None = None
         self._held = [_Held() for _ in range(num_slots)]
-        self._signatures: dict[str, tuple[object, ...]] = {}
-        self._tables: dict[str, Table] = {}  # keeps factors alive: their addresses tell them apart
+        self._versions: dict[str, Version] = {}  # of those that the step has
         self._order: dict[str, int] = {}
         self._merged: str | None = None
         self.adapters_changed()
@@ -127,32 +126,37 @@ class FastRunner:
     def adapters_changed(self) -> None:
         """Adapters were attached, detached, merged into the weights, or the base was restored."""
         hosts, names = self._sites.hosts(), hosted(self._model)
-        self.uncovered.clear()
-        for name in self._signatures.keys() - set(names):
+        for name in self._order.keys() - set(names):
             self._forget(name)
+            del self._order[name]
+        self.uncovered.clear()
         for name in names:
             self._order.setdefault(name, max(self._order.values(), default=-1) + 1)
-            table = self._sites.factors(hosts, name)
-            if isinstance(table, str):
-                self.uncovered[name] = table
-                self._forget(name)
-            elif (signed := signature(table)) != self._signatures.get(name):
-                self.step.put(name, table)
-                self._tables[name], self._signatures[name] = table, signed
+            known = self._versions.get(name)
+            if known is None or not known.holds(hosts, name):
+                self._make_ready(hosts, name)
         self._merged = merged_name(self._model)
         self.step.base_changed()
         if self._plain is not None:
             self._plain.adapters_changed()
 
+    def _make_ready(self, hosts: Hosts, name: str) -> None:
+        table = self._sites.factors(hosts, name)
+        if isinstance(table, str):
+            self.uncovered[name] = table
+            self._forget(name)
+        else:
+            self.step.put(name, table)
+            self._versions[name] = Version(hosts, name)
+
     def _forget(self, name: str) -> None:
-        if self._signatures.pop(name, None) is not None:
+        if self._versions.pop(name, None) is not None:
             self.step.remove(name)
-            del self._tables[name]
 
     def _is_covered(self, chunk: Chunk) -> bool:
         """Whether the step serves the chunk; raises where nothing does."""
         names = mix_of(chunk.entry)
-        unknown = [n for n in names if n not in self._signatures and n not in self.uncovered]
+        unknown = [n for n in names if n not in self._versions and n not in self.uncovered]
         if unknown:
             raise RouteError(
                 f"the model hosts no adapter {unknown[0]!r}",

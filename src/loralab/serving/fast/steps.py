@@ -35,7 +35,7 @@ class Step(Protocol):
 
 
 class Cache:
-    """Keys and values: (blocks, slots, kv heads, max_tokens, head_size), of any content at first."""
+    """Keys and values: (blocks, slots, kv heads, max_tokens, head_size); anything at first."""
 
     def __init__(self, decoder: Decoder, num_slots: int, max_tokens: int) -> None:
         shape = (

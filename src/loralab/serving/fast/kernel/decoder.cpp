@@ -54,6 +54,12 @@ struct Step {
   float* logits;  // (wanted, vocab)
 };
 
+// A piece of one of several projections; at: where the projection's outputs start.
+struct Part {
+  int which;
+  int64_t piece, at, width;
+};
+
 struct Room {
   std::unique_ptr<char[]> bytes;
   size_t size = 0;
@@ -99,10 +105,12 @@ class Run {
     norm(phase, step_.num_wanted, step_.wanted, model_.final_gain, model_.final_epsilon);
     const T* weight = static_cast<const T*>(model_.output);
     const T* bias = static_cast<const T*>(model_.output_bias);
-    team_.share(phase, pieces(model_.vocab), [&](int64_t piece) {
+    team_.share(phase, pieces(model_.vocab), [&](int64_t piece, int64_t next) {
       strips(step_.num_wanted, [&](int64_t first, int rows) {
         Tile tile;
-        const int count = product(normed_, model_.width, first, rows, weight, bias, piece,
+        const T* ahead = next < 0 || first > 0 ? nullptr : weight + next * COLUMNS * model_.width;
+        const Weights<T> rows_of{weight + piece * COLUMNS * model_.width, ahead};
+        const int count = product(normed_, model_.width, first, rows, rows_of, bias, piece,
                                   model_.vocab, tile);
         for (int m = 0; m < rows; ++m)
           std::memcpy(step_.logits + (first + m) * model_.vocab + piece * COLUMNS, tile.at[m],
@@ -118,20 +126,20 @@ class Run {
     norm(phase, tokens, nullptr, block.gains[0], block.epsilons[0]);
     shrink(phase, number, QUERY, 3, normed_, width);
     const int64_t of_q = pieces(q_width_), of_kv = pieces(kv_width_);
-    team_.share(phase, of_q + 2 * of_kv, [&](int64_t piece) {
-      int which = QUERY;
-      int64_t at = 0, out = q_width_;
-      if (piece >= of_q) {
-        which = piece < of_q + of_kv ? KEY : VALUE;
-        piece -= which == KEY ? of_q : of_q + of_kv;
-        at = which == KEY ? q_width_ : q_width_ + kv_width_;
-        out = kv_width_;
-      }
+    auto part = [&](int64_t piece) {  // which projection a piece is of, and which piece of it
+      if (piece < of_q) return Part{QUERY, piece, 0, q_width_};
+      if (piece < of_q + of_kv) return Part{KEY, piece - of_q, q_width_, kv_width_};
+      return Part{VALUE, piece - of_q - of_kv, q_width_ + kv_width_, kv_width_};
+    };
+    team_.share(phase, of_q + 2 * of_kv, [&](int64_t piece, int64_t next) {
+      const Part mine = part(piece);
+      const T* ahead = next < 0 ? nullptr : row_of(number, part(next).which, width, part(next).piece);
       strips(tokens, [&](int64_t first, int rows) {
         Tile tile;
-        const int count = project(number, which, QUERY, normed_, width, first, rows, piece, out, tile);
+        const int count = project(number, mine.which, QUERY, normed_, width, first, rows,
+                                  mine.piece, mine.width, ahead, tile);
         for (int m = 0; m < rows; ++m)
-          std::memcpy(qkv_ + (first + m) * qkv_width + at + piece * COLUMNS, tile.at[m],
+          std::memcpy(qkv_ + (first + m) * qkv_width + mine.at + mine.piece * COLUMNS, tile.at[m],
                       count * sizeof(float));
       });
     });
@@ -141,12 +149,15 @@ class Run {
     add(phase, number, OUTPUT, attended_, q_width_);
     norm(phase, tokens, nullptr, block.gains[1], block.epsilons[1]);
     shrink(phase, number, GATE, 2, normed_, width);
-    team_.share(phase, pieces(model_.mlp_width), [&](int64_t piece) {
+    team_.share(phase, pieces(model_.mlp_width), [&](int64_t piece, int64_t next) {
+      const T* up_rows = row_of(number, UP, width, piece);
+      const T* ahead = next < 0 ? nullptr : row_of(number, GATE, width, next);
       strips(tokens, [&](int64_t first, int rows) {
         Tile gate, up;
         const int64_t out = model_.mlp_width;
-        project(number, GATE, GATE, normed_, width, first, rows, piece, out, gate);
-        const int count = project(number, UP, GATE, normed_, width, first, rows, piece, out, up);
+        project(number, GATE, GATE, normed_, width, first, rows, piece, out, up_rows, gate);
+        const int count =
+            project(number, UP, GATE, normed_, width, first, rows, piece, out, ahead, up);
         for (int m = 0; m < rows; ++m) {
           T* to = gated_ + (first + m) * out + piece * COLUMNS;
           for (int n = 0; n < count; n += LANES) {
@@ -163,7 +174,7 @@ class Run {
   // Rows of x (all, or those of `rows`) as the next product reads them.
   void norm(int& phase, int64_t count, const int64_t* rows, const float* gain, double epsilon) {
     const int64_t width = model_.width;
-    team_.share(phase, count, [&](int64_t row) {
+    team_.share(phase, count, [&](int64_t row, int64_t) {
       const float* x = step_.x + (rows == nullptr ? row : rows[row]) * width;
       Floats power = {};
       for (int64_t i = 0; i < width; i += LANES) {
@@ -181,7 +192,7 @@ class Run {
   void shrink(int& phase, int64_t number, int first, int count, const T* x, int64_t size) {
     if (step_.num_groups == 0) return;
     const int64_t parts = (step_.most_rank + 7) / 8;
-    team_.share(phase, step_.num_groups * count * parts, [&](int64_t piece) {
+    team_.share(phase, step_.num_groups * count * parts, [&](int64_t piece, int64_t) {
       const Group& group = step_.groups[piece / (count * parts)];
       const int which = int(piece / parts % count);
       const Pair& pair = group.pairs[number * NUM_PROJECTIONS + first + which];
@@ -194,7 +205,7 @@ class Run {
         const T* read[STRIP];
         alignas(64) float out[STRIP][8];
         for (int m = 0; m < rows; ++m) read[m] = x + step_.entry_tokens[begin + m] * size;
-        multiply(read, rows, A, ranks, size, out[0], 8);
+        multiply(read, rows, Weights<T>{A, nullptr}, ranks, size, out[0], 8);
         for (int m = 0; m < rows; ++m) {
           const float scale = float(pair.scale) * step_.entry_weights[begin + m];
           T* to = hidden(which, begin + m) + from;
@@ -206,10 +217,12 @@ class Run {
 
   // A projection's outputs of some rows with the pairs of all groups; gives how many there are.
   // group: the first projection that reads the same input.
+  // ahead: the weights that the thread reads afterwards.
   int project(int64_t number, int which, int group, const T* x, int64_t size, int64_t first,
-              int rows, int64_t piece, int64_t out, Tile& tile) {
+              int rows, int64_t piece, int64_t out, const T* ahead, Tile& tile) {
     const Block& block = model_.blocks[number];
-    const int count = product(x, size, first, rows, static_cast<const T*>(block.weights[which]),
+    const Weights<T> weights{row_of(number, which, size, piece), first == 0 ? ahead : nullptr};
+    const int count = product(x, size, first, rows, weights,
                               static_cast<const T*>(block.biases[which]), piece, out, tile);
     for (int64_t g = 0; g < step_.num_groups; ++g)
       add_pair(step_.groups[g], step_.groups[g].pairs[number * NUM_PROJECTIONS + which],
@@ -217,17 +230,21 @@ class Run {
     return count;
   }
 
-  int product(const T* x, int64_t size, int64_t first, int rows, const T* weight, const T* bias,
+  int product(const T* x, int64_t size, int64_t first, int rows, Weights<T> weights, const T* bias,
               int64_t piece, int64_t out, Tile& tile) {
-    const T* read[STRIP];
+    const T* read[STRIP] = {};
     for (int m = 0; m < rows; ++m) read[m] = x + (first + m) * size;
     const int64_t at = piece * COLUMNS;
     const int count = int(std::min<int64_t>(COLUMNS, out - at));
-    multiply(read, rows, weight + at * size, count, size, tile.at[0], COLUMNS);
+    multiply(read, rows, weights, count, size, tile.at[0], COLUMNS);
     if (bias != nullptr)
       for (int m = 0; m < rows; ++m)
         for (int n = 0; n < count; ++n) tile.at[m][n] += to_float(bias[at + n]);
     return count;
+  }
+
+  const T* row_of(int64_t number, int which, int64_t size, int64_t piece) const {
+    return static_cast<const T*>(model_.blocks[number].weights[which]) + piece * COLUMNS * size;
   }
 
   void add_pair(const Group& group, const Pair& pair, int which, int64_t first, int rows,
@@ -249,10 +266,12 @@ class Run {
   // x += the projection's outputs.
   void add(int& phase, int64_t number, int which, const T* input, int64_t size) {
     const int64_t width = model_.width;
-    team_.share(phase, pieces(width), [&](int64_t piece) {
+    team_.share(phase, pieces(width), [&](int64_t piece, int64_t next) {
+      const T* ahead = next < 0 ? nullptr : row_of(number, which, size, next);
       strips(step_.num_tokens, [&](int64_t first, int rows) {
         Tile tile;
-        const int count = project(number, which, which, input, size, first, rows, piece, width, tile);
+        const int count = project(number, which, which, input, size, first, rows,
+                                  piece, width, ahead, tile);
         for (int m = 0; m < rows; ++m) {
           float* x = step_.x + (first + m) * width + piece * COLUMNS;
           for (int n = 0; n < count; n += LANES)
@@ -265,7 +284,7 @@ class Run {
   // Turns queries and keys to their positions; keys and values go to their slots.
   void place(int& phase, int64_t number) {
     const int64_t size = model_.head_size;
-    team_.share(phase, step_.num_tokens, [&](int64_t token) {
+    team_.share(phase, step_.num_tokens, [&](int64_t token, int64_t) {
       const float* from = qkv_ + token * (q_width_ + 2 * kv_width_);
       const int64_t position = step_.positions[token];
       const float* cos = model_.cos + position * size;
@@ -285,7 +304,7 @@ class Run {
   void attend_all(int thread, int& phase, int64_t number) {
     const int64_t size = model_.head_size, heads = model_.num_heads / model_.num_kv_heads;
     float* scores = scores_ + thread * scores_room();
-    team_.share(phase, step_.num_tokens * model_.num_kv_heads, [&](int64_t piece) {
+    team_.share(phase, step_.num_tokens * model_.num_kv_heads, [&](int64_t piece, int64_t) {
       const int64_t token = piece / model_.num_kv_heads, kv_head = piece % model_.num_kv_heads;
       const int64_t at = place_of(number, token, kv_head);
       for (int64_t head = kv_head * heads; head < (kv_head + 1) * heads; ++head) {
@@ -343,7 +362,7 @@ void pack_all(const Packing* jobs, int64_t count, int threads) {
   Team& team = team_of(threads);
   team.run([&](int) {
     int phase = 0;
-    team.share(phase, count, [&](int64_t piece) { pack<T>(jobs[piece]); });
+    team.share(phase, count, [&](int64_t piece, int64_t) { pack<T>(jobs[piece]); });
   });
 }
 

@@ -58,10 +58,19 @@ class Team {
   }
 
   // The thread's share of pieces 0 ... count - 1 of a phase, then waits for the others.
+  // work(piece, next): next is the piece this thread does afterwards, -1 where there is none.
   template <class Work>
   void share(int& phase, int64_t count, Work work) {
-    auto& next = claims_[phase++ % MAX_PHASES].next;
-    for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(piece);
+    auto& claims = claims_[phase++ % MAX_PHASES].next;
+    auto claim = [&] {
+      int64_t piece = claims.fetch_add(1, std::memory_order_relaxed);
+      return piece < count ? piece : int64_t(-1);
+    };
+    for (int64_t piece = claim(); piece >= 0;) {
+      const int64_t next = claim();
+      work(piece, next);
+      piece = next;
+    }
     meet();
   }
 

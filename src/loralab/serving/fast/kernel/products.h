@@ -17,15 +17,27 @@ struct Tile {
   alignas(64) float at[STRIP][COLUMNS];
 };
 
-template <class T, int ROWS, int NUM, bool FETCH>
-inline void dots(const T* const* x, const T* w, int64_t size, float* out, int64_t stride) {
+// Weights come from memory once a step. They are asked for this many bytes before they are read,
+// into the second-level cache (measured: nearer or farther is slower).
+constexpr int64_t AHEAD_BYTES = 16384;
+
+// Some rows of weights, and those that the thread reads after them (null where it knows of none).
+template <class T>
+struct Weights {
+  const T* at;
+  const T* next;
+};
+
+// FETCH lines are asked for in each turn, from `ahead` on.
+template <class T, int ROWS, int NUM, int FETCH>
+inline void dots(const T* const* x, const T* w, int64_t size, float* out, int64_t stride,
+                 const char* ahead) {
   Floats sum[ROWS][NUM] = {};
   for (int64_t k = 0; k < size; k += PACK<T>) {
+    for (int f = 0; f < FETCH; ++f) __builtin_prefetch(ahead + 64 * f, 0, 2);
+    ahead += 64 * FETCH;
     typename Pack<T>::Type b[NUM];
-    for (int n = 0; n < NUM; ++n) {
-      b[n] = load_pack(w + n * size + k);
-      if (FETCH) __builtin_prefetch(w + (n + NUM) * size + k);
-    }
+    for (int n = 0; n < NUM; ++n) b[n] = load_pack(w + n * size + k);
     for (int m = 0; m < ROWS; ++m) {
       auto a = load_pack(x[m] + k);
       for (int n = 0; n < NUM; ++n) sum[m][n] = Pack<T>::dot(sum[m][n], a, b[n]);
@@ -40,37 +52,52 @@ inline void dots(const T* const* x, const T* w, int64_t size, float* out, int64_
   }
 }
 
-template <class T, int NUM, bool FETCH>
-inline void dots(int rows, const T* const* x, const T* w, int64_t size, float* out, int64_t stride) {
+template <class T, int NUM, int FETCH>
+inline void dots(int rows, const T* const* x, const T* w, int64_t size, float* out, int64_t stride,
+                 const char* ahead) {
   switch (rows) {
-    case 1: return dots<T, 1, NUM, FETCH>(x, w, size, out, stride);
-    case 2: return dots<T, 2, NUM, FETCH>(x, w, size, out, stride);
-    case 3: return dots<T, 3, NUM, FETCH>(x, w, size, out, stride);
-    case 4: return dots<T, 4, NUM, FETCH>(x, w, size, out, stride);
-    case 5: return dots<T, 5, NUM, FETCH>(x, w, size, out, stride);
-    default: return dots<T, 6, NUM, FETCH>(x, w, size, out, stride);
+    case 1: return dots<T, 1, NUM, FETCH>(x, w, size, out, stride, ahead);
+    case 2: return dots<T, 2, NUM, FETCH>(x, w, size, out, stride, ahead);
+    case 3: return dots<T, 3, NUM, FETCH>(x, w, size, out, stride, ahead);
+    case 4: return dots<T, 4, NUM, FETCH>(x, w, size, out, stride, ahead);
+    case 5: return dots<T, 5, NUM, FETCH>(x, w, size, out, stride, ahead);
+    default: return dots<T, 6, NUM, FETCH>(x, w, size, out, stride, ahead);
   }
 }
 
 // out[row][n] = x[row] . w[n] for n < count; w is (count, size), one row after another.
 template <class T>
-void multiply(const T* const* x, int rows, const T* w, int count, int64_t size, float* out,
+void multiply(const T* const* x, int rows, Weights<T> w, int count, int64_t size, float* out,
               int64_t stride) {
   const int parts = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  const int lines = parts == 1 ? 4 : parts < 4 ? 2 : 1;  // in each turn of 4 / lines parts
+  const int64_t row_bytes = size * int64_t(sizeof(T));
   int n = 0;
   for (; n + 4 <= count; n += 4) {
+    const T* here = w.at + n * size;
+    const int64_t beyond = n * row_bytes + AHEAD_BYTES - count * row_bytes;
+    const char* ahead = reinterpret_cast<const char*>(here) + AHEAD_BYTES;
+    if (beyond >= 0)
+      ahead = w.next == nullptr ? nullptr : reinterpret_cast<const char*>(w.next) + beyond;
     for (int part = 0, first = 0; part < parts; ++part) {
-      int here = (rows - first + parts - part - 1) / (parts - part);
+      const int num = (rows - first + parts - part - 1) / (parts - part);
       float* to = out + first * stride + n;
-      if (part == 0) dots<T, 4, true>(here, x, w + n * size, size, to, stride);
-      else dots<T, 4, false>(here, x + first, w + n * size, size, to, stride);
-      first += here;
+      const T* const* from = x + first;
+      if (ahead == nullptr || part * lines >= 4) {
+        dots<T, 4, 0>(num, from, here, size, to, stride, ahead);
+      } else {
+        if (lines == 4) dots<T, 4, 4>(num, from, here, size, to, stride, ahead);
+        else if (lines == 2) dots<T, 4, 2>(num, from, here, size, to, stride, ahead);
+        else dots<T, 4, 1>(num, from, here, size, to, stride, ahead);
+        ahead += lines * row_bytes;
+      }
+      first += num;
     }
   }
   for (; n < count; ++n) {
     for (int first = 0; first < rows; first += MOST_ROWS) {
-      int here = std::min(rows - first, MOST_ROWS);
-      dots<T, 1, false>(here, x + first, w + n * size, size, out + first * stride + n, stride);
+      const int num = std::min(rows - first, MOST_ROWS);
+      dots<T, 1, 0>(num, x + first, w.at + n * size, size, out + first * stride + n, stride, nullptr);
     }
   }
 }
