@@ -29,7 +29,7 @@ from transformers import (
 from loralab.adapters import LoRAConfig, SharedInput, adapter_parameters, attach, use
 from loralab.adapters.step import Part
 from loralab.fusion import fused, matching_blocks
-from loralab.fusion.block import Angles, Block, BlockStep
+from loralab.fusion.block import Angles, Block, BlockStep, Piece
 from loralab.fusion.norms import RMSNorm
 from loralab.models import enable_activation_checkpointing
 
@@ -211,7 +211,8 @@ def test_gradients_are_right(tokens: int, dropout: float, wanted: Any) -> None:
 
     def output(x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(5)  # the same masks at every call
-        return BlockStep.apply(x, block, angles, None, wanted, *factors)
+        piece = Piece(slice(0, 2 * tokens), 2, angles, None, wanted)
+        return BlockStep.apply(x.flatten(0, 1), block, [piece], *factors)
 
     x = torch.randn(2, tokens, 8).double().requires_grad_()
     assert torch.autograd.gradcheck(output, (x, *factors), fast_mode=True)

@@ -31,13 +31,14 @@ from loralab.adapters.routes import carry
 from loralab.adapters.rows import declare_rows
 from loralab.adapters.saving import install, load_adapter, save_adapter
 from loralab.adapters.settings import LoRAConfig
-from loralab.adapters.step import SharedInput, draw_mask, project, project_backward
+from loralab.adapters.step import EVERY_ROW, SharedInput, draw_mask, project, project_backward
 from loralab.adapters.streaming_merge import merge_checkpoint
 from loralab.adapters.targets import walk
 from loralab.adapters.tree import Choice, Tree, targets
 from loralab.adapters.using import hosted, merged_name, use
 
 __all__ = [
+    "EVERY_ROW",
     "Adapter",
     "Change",
     "Choice",

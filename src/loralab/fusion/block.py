@@ -7,10 +7,14 @@ Q ... Down are frozen linear layers, each with a low-rank pair or without. Kept 
 pass: x, h, the rotated queries and keys, the values, the attention weights and output, and the
 outputs of Gate and Up. Run again there: the norms, act, the gated product, the dropout masks and
 the thin products; none of them is a large matrix product.
+
+The tokens of several batches may be given one after another, as pieces: only attention, which looks
+at several tokens, is done piece by piece.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, no_type_check
 
 import torch
@@ -18,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loralab.adapters import SharedInput, draw_mask, project, project_backward
+from loralab.adapters import EVERY_ROW, SharedInput, draw_mask, project, project_backward
 from loralab.fusion.attention import Attended, Mask, attend, attend_backward
 from loralab.fusion.norms import Norm
 
@@ -61,55 +65,100 @@ class Angles(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What the backward pass needs beside `x`, the angles and the factors."""
+class Piece:
+    """A batch among the tokens that a block is given, which may be all of them.
 
-    attended: Attended
+    tokens: where they stand, row after row. wanted: the positions in each row that are computed
+    beyond keys and values; None for all.
+    """
+
+    tokens: slice
+    num_rows: int
+    angles: Angles
+    mask: Mask
+    wanted: Positions | None = None
+
+    @property
+    def num_wanted(self) -> int:
+        """How many of its tokens are computed to the end."""
+        if self.wanted is None:
+            return self.tokens.stop - self.tokens.start
+        return self.wanted.numel()
+
+    def batch(self, rows: Rows) -> Float[Tensor, "batch _ width"]:
+        """Rows of the piece alone, as a batch."""
+        return rows.view(self.num_rows, -1, rows.shape[-1])
+
+    def heads(self, rows: Rows) -> Heads:
+        """Rows of the piece alone, as heads."""
+        return self.batch(rows).unflatten(-1, (-1, self.angles.cos.shape[-1])).transpose(1, 2)
+
+    def seen(self) -> Mask:
+        """The mask of the queries that are computed."""
+        mask = self.mask
+        if self.wanted is None:
+            return mask
+        if mask is None:
+            num_tokens = self.angles.cos.shape[1]
+            shape = num_tokens, num_tokens
+            mask = torch.ones(shape, dtype=torch.bool, device=self.wanted.device).tril()[None, None]
+        return take(mask.expand(self.num_rows, -1, -1, -1), self.wanted)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the backward pass needs beside `x` and the factors."""
+
+    attended: tuple[Attended, ...]  # of each piece
     attention: Rows
     h: Rows
     gate: Rows
     up: Rows
     places: tuple[Tensor | None, ...]  # of the dropout masks of `Block.inputs`
 
-    NUM_TENSORS: ClassVar[int] = 13
+    NUM_OTHERS: ClassVar[int] = 8
+    NUM_ATTENDED: ClassVar[int] = 5
 
     def tensors(self) -> list[Tensor | None]:
         """All of them in a row, as autograd keeps them."""
-        return [*self.attended, self.attention, self.h, self.gate, self.up, *self.places]
+        attended = [tensor for each in self.attended for tensor in each]
+        return [self.attention, self.h, self.gate, self.up, *self.places, *attended]
 
-    @staticmethod
-    def of(tensors: Sequence[Any]) -> "Kept":
+    @classmethod
+    def num_tensors(cls, num_pieces: int) -> int:
+        """How many `tensors` gives."""
+        return cls.NUM_OTHERS + num_pieces * cls.NUM_ATTENDED
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> "Kept":
         """The other way round."""
-        attention, h, gate, up, *places = tensors[5:]
-        return Kept(Attended(*tensors[:5]), attention, h, gate, up, tuple(places))
+        attention, h, gate, up, *places = tensors[: cls.NUM_OTHERS]
+        starts = range(cls.NUM_OTHERS, len(tensors), cls.NUM_ATTENDED)
+        attended = tuple(Attended(*tensors[at : at + cls.NUM_ATTENDED]) for at in starts)
+        return Kept(attended, attention, h, gate, up, tuple(places))
 
 
 def block_forward(
-    x: Float[Tensor, "batch tokens width"],
+    x: Float[Tensor, "tokens width"],
     block: Block,
-    angles: Angles,
-    mask: Mask,
+    pieces: Sequence[Piece],
     factors: Sequence[Tensor],
-    wanted: Positions | None = None,
-) -> tuple[Float[Tensor, "batch tokens width"], Kept]:
+) -> tuple[Float[Tensor, "tokens width"], Kept]:
     """The block's output, and what its backward pass needs.
 
-    With `wanted` positions only these are computed beyond keys and values; others are zero.
+    Where positions are wanted only these are computed beyond keys and values; others are zero.
     """
+    block = _of_wanted(block, pieces)
     of_qkv, of_output, of_gate_up, of_down = block.split(factors)
 
-    n, _ = block.attention_norm.forward(_rows(x))
+    n, _ = block.attention_norm.forward(x)
     qkv_places = draw_mask(n, block.queries_keys_values)
-    q, k, v = (
-        _heads(projected, x, angles)
-        for projected in project(n, block.queries_keys_values, of_qkv, qkv_places)
-    )
-    q, k, v = take(rotate(q, angles), wanted), rotate(k, angles), v.contiguous()
-    attended_heads, attended = attend(q, k, v, mask if wanted is None else _seen(mask, wanted, x))
-    attention = _rows_of_heads(attended_heads)
+    qkv = project(n, block.queries_keys_values, of_qkv, qkv_places)
+    found = [_attend(piece, *(each[piece.tokens] for each in qkv)) for piece in pieces]
+    attention = _joined([heads for heads, _ in found])
     output_places = draw_mask(attention, block.output)
     h = project(attention, block.output, of_output, output_places)[0]
-    h = h.add_(_rows(take(x, wanted)))
+    h = h.add_(_taken(x, pieces))
 
     m, _ = block.mlp_norm.forward(h)
     gate_up_places = draw_mask(m, block.gate_up)
@@ -119,25 +168,25 @@ def block_forward(
     y = project(gated, block.down, of_down, down_places)[0].add_(h)
 
     places = (qkv_places, output_places, gate_up_places, down_places)
-    kept = Kept(attended, attention, h, gate, up, places)
-    return put(y.view(x.shape[0], -1, x.shape[-1]), wanted, x), kept
+    kept = Kept(tuple(attended for _, attended in found), attention, h, gate, up, places)
+    return _put_back(y, pieces), kept
 
 
 def block_backward(
-    g: Float[Tensor, "batch tokens width"],
-    x: Float[Tensor, "batch tokens width"],
+    g: Float[Tensor, "tokens width"],
+    x: Float[Tensor, "tokens width"],
     block: Block,
-    angles: Angles,
+    pieces: Sequence[Piece],
     factors: Sequence[Tensor],
     kept: Kept,
-    wanted: Positions | None = None,
     *,
     wants_input: bool,
-) -> tuple[Float[Tensor, "batch tokens width"] | None, list[Tensor]]:
+) -> tuple[Float[Tensor, "tokens width"] | None, list[Tensor]]:
     """The gradients of `x` (None where unwanted) and of the factors."""
+    block = _of_wanted(block, pieces)
     of_qkv, of_output, of_gate_up, of_down = block.split(factors)
     qkv_places, output_places, gate_up_places, down_places = kept.places
-    grad_y = _rows(take(g, wanted))
+    grad_y = _taken(g, pieces)
 
     with torch.enable_grad():
         gate = kept.gate.detach().requires_grad_()
@@ -158,22 +207,74 @@ def block_backward(
         [grad_h], kept.attention, block.output, of_output, output_places
     )
     assert grad_attention is not None
-    grad_q, grad_k, grad_v = attend_backward(_heads(grad_attention, x, angles), kept.attended)
-    grad_q = put(grad_q, wanted, x)
-    grad_qkv = [
-        _rows_of_heads(heads)
-        for heads in (rotate_back(grad_q, angles), rotate_back(grad_k, angles), grad_v)
-    ]
-    n, scales_x = block.attention_norm.forward(_rows(x))
+    by_piece = grad_attention.split([piece.num_wanted for piece in pieces])
+    found = [_attend_backward(*each) for each in zip(pieces, by_piece, kept.attended, strict=True)]
+    grad_qkv = [_joined(each) for each in zip(*found, strict=True)]
+    n, scales_x = block.attention_norm.forward(x)
     grad_n, grad_factors = project_backward(
         grad_qkv, n, block.queries_keys_values, of_qkv, qkv_places, wants_input=wants_input
     )
     grad_factors = [*grad_factors, *grad_output, *grad_gate_up, *grad_down]
     if grad_n is None:
         return None, grad_factors
-    grad_x = block.attention_norm.backward(grad_n, _rows(x), scales_x)
-    residual = put(grad_h.view(x.shape[0], -1, x.shape[-1]), wanted, x)
-    return grad_x.view(x.shape).add_(residual), grad_factors
+    grad_x = block.attention_norm.backward(grad_n, x, scales_x)
+    return grad_x.add_(_put_back(grad_h, pieces)), grad_factors
+
+
+def _attend(piece: Piece, q: Rows, k: Rows, v: Rows) -> tuple[Rows, Attended]:
+    """The attention of one piece, from its projections to what the output layer reads."""
+    queries = take(rotate(piece.heads(q), piece.angles), piece.wanted)
+    keys = rotate(piece.heads(k), piece.angles)
+    heads, attended = attend(queries, keys, piece.heads(v).contiguous(), piece.seen())
+    return _rows_of_heads(heads), attended
+
+
+def _attend_backward(piece: Piece, g: Rows, attended: Attended) -> tuple[Rows, Rows, Rows]:
+    """The gradients of the piece's q, k and v."""
+    grad_q, grad_k, grad_v = attend_backward(piece.heads(g), attended)
+    grad_q = rotate_back(put(grad_q, piece.wanted, grad_k.shape[2]), piece.angles)
+    grad_k = rotate_back(grad_k, piece.angles)
+    return _rows_of_heads(grad_q), _rows_of_heads(grad_k), _rows_of_heads(grad_v)
+
+
+def _of_wanted(block: Block, pieces: Sequence[Piece]) -> Block:
+    """The block whose layers above attention read the wanted tokens alone."""
+    if all(piece.wanted is None for piece in pieces):
+        return block
+    stops = list(itertools.accumulate(piece.num_wanted for piece in pieces))
+    moved = {
+        piece.tokens.start: slice(stop - piece.num_wanted, stop)
+        for piece, stop in zip(pieces, stops, strict=True)
+    }
+
+    def move(shared: SharedInput) -> SharedInput:
+        parts = (
+            part if part.rows == EVERY_ROW else replace(part, rows=moved[part.rows.start])
+            for part in shared.parts
+        )
+        return replace(shared, parts=tuple(parts))
+
+    above = {name: move(getattr(block, name)) for name in ("output", "gate_up", "down")}
+    return replace(block, **above)
+
+
+def _taken(rows: Rows, pieces: Sequence[Piece]) -> Rows:
+    """The wanted tokens of all pieces."""
+    if all(piece.wanted is None for piece in pieces):
+        return rows
+    return _joined([_rows(take(p.batch(rows[p.tokens]), p.wanted)) for p in pieces])
+
+
+def _put_back(rows: Rows, pieces: Sequence[Piece]) -> Rows:
+    """The transpose of `_taken`: zeros where nothing was wanted."""
+    if all(piece.wanted is None for piece in pieces):
+        return rows
+    split = zip(pieces, rows.split([piece.num_wanted for piece in pieces]), strict=True)
+    return _joined([_rows(put(p.batch(own), p.wanted, p.angles.cos.shape[1])) for p, own in split])
+
+
+def _joined(rows: Sequence[Rows]) -> Rows:
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 class BlockStep(torch.autograd.Function):
@@ -181,31 +282,24 @@ class BlockStep(torch.autograd.Function):
 
     @staticmethod
     @no_type_check
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        block: Block,
-        angles: Angles,
-        mask: Mask,
-        wanted: Positions | None,
-        *factors: Tensor,
-    ):
-        y, kept = block_forward(x, block, angles, mask, factors, wanted)
-        ctx.block = block
-        ctx.save_for_backward(x, *angles, wanted, *kept.tensors(), *factors)
+    def forward(ctx: Any, x: Tensor, block: Block, pieces: Sequence[Piece], *factors: Tensor):
+        y, kept = block_forward(x, block, pieces, factors)
+        ctx.block, ctx.pieces = block, pieces
+        ctx.save_for_backward(x, *kept.tensors(), *factors)
         return y
 
     @staticmethod
     @once_differentiable
     @no_type_check
     def backward(ctx: Any, g: Tensor):
-        x, cos, sin, wanted, *saved = ctx.saved_tensors
-        kept, factors = Kept.of(saved[: Kept.NUM_TENSORS]), saved[Kept.NUM_TENSORS :]
+        x, *saved = ctx.saved_tensors
+        num_kept = Kept.num_tensors(len(ctx.pieces))
+        kept, factors = Kept.of(saved[:num_kept]), saved[num_kept:]
         wants_input = ctx.needs_input_grad[0]
         grad_x, grad_factors = block_backward(
-            g, x, ctx.block, Angles(cos, sin), factors, kept, wanted, wants_input=wants_input
+            g, x, ctx.block, ctx.pieces, factors, kept, wants_input=wants_input
         )
-        return grad_x, None, None, None, None, *grad_factors
+        return grad_x, None, None, *grad_factors
 
 
 def take(values: Tensor, wanted: Positions | None) -> Tensor:
@@ -215,11 +309,11 @@ def take(values: Tensor, wanted: Positions | None) -> Tensor:
     return values.gather(-2, _spread(wanted, values))
 
 
-def put(values: Tensor, wanted: Positions | None, like: Tensor) -> Tensor:
+def put(values: Tensor, wanted: Positions | None, num_tokens: int) -> Tensor:
     """The transpose of `take`: back to where they came from, zeros elsewhere."""
     if wanted is None:
         return values
-    whole = values.new_zeros(*values.shape[:-2], like.shape[1], values.shape[-1])
+    whole = values.new_zeros(*values.shape[:-2], num_tokens, values.shape[-1])
     return whole.scatter_(-2, _spread(wanted, values), values)
 
 
@@ -227,14 +321,6 @@ def _spread(wanted: Positions, values: Tensor) -> Tensor:
     """Positions as indices of every number that stands there."""
     shape = (wanted.shape[0], *(1 for _ in values.shape[1:-2]), wanted.shape[1], 1)
     return wanted.view(shape).expand(*values.shape[:-2], wanted.shape[1], values.shape[-1])
-
-
-def _seen(mask: Mask, wanted: Positions, x: Tensor) -> Mask:
-    """The wanted queries' rows of the mask."""
-    num_tokens = x.shape[1]
-    if mask is None:
-        mask = x.new_ones(num_tokens, num_tokens, dtype=torch.bool).tril()[None, None]
-    return take(mask.expand(x.shape[0], -1, -1, -1), wanted)
 
 
 def rotate(heads: Heads, angles: Angles) -> Heads:
@@ -255,12 +341,6 @@ def rotate_back(g: Heads, angles: Angles) -> Heads:
     turned[..., :half].addcmul_(g[..., half:], sin[..., half:])
     turned[..., half:].addcmul_(g[..., :half], sin[..., :half], value=-1)
     return turned
-
-
-def _heads(rows: Rows, like: Tensor, angles: Angles) -> Heads:
-    return rows.view(
-        like.shape[0], -1, rows.shape[1] // angles.cos.shape[-1], angles.cos.shape[-1]
-    ).transpose(1, 2)
 
 
 def _rows_of_heads(heads: Heads) -> Rows:

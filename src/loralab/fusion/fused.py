@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from loralab.adapters import member_in_force
-from loralab.fusion.block import Block, BlockStep, Positions
-from loralab.fusion.pattern import Call, Matched, read_call
+from loralab.adapters import EVERY_ROW, member_in_force
+from loralab.fusion.block import Block, BlockStep, Piece, Positions
+from loralab.fusion.pattern import Matched, read_call
 from loralab.fusion.watching import own_modules
 
 
@@ -20,8 +21,8 @@ def fused(matched: Sequence[Matched], read: Positions | None = None) -> Iterator
     read: the positions whose hidden states are read above the last block, where not all are; that
     block computes no more than these, and gives zeros elsewhere.
 
-    A block runs as it is where the formula does not cover the call: several adapters or rows with
-    adapters of their own, DoRA, trained norms, hooks on its parts, arguments it does not know.
+    A block runs as it is where the formula does not cover the call: mixes of adapters, rows
+    in turns with adapters of their own, DoRA, trained norms, hooks on its parts, other arguments.
     """
     stood_in = [each for each in matched if "forward" not in vars(each.module)]
     for each in stood_in:
@@ -37,30 +38,48 @@ def fused(matched: Sequence[Matched], read: Positions | None = None) -> Iterator
 def _stand_in(
     matched: Matched, original: Callable[..., Any], wanted: Positions | None
 ) -> Callable[..., Any]:
-    inner = [module for module in own_modules(matched.module) if module is not matched.module]
-    hooked = any(_has_hooks(module) for module in inner)
-
     def forward(*args: Any, **kwargs: Any) -> Any:
-        call = None if hooked or not torch.is_grad_enabled() else read_call(args, kwargs)
-        formula = None if call is None else _formula(matched, call)
-        if call is None or formula is None:
-            return original(*args, **kwargs)
-        block, factors = formula
-        return BlockStep.apply(call.x, block, call.angles, call.mask, wanted, *factors)
+        call = read_call(args, kwargs) if torch.is_grad_enabled() else None
+        rows = (
+            None
+            if call is None
+            else run_fused(matched, call.x.flatten(0, 1), [call.piece(0, wanted)])
+        )
+        return (
+            original(*args, **kwargs) if call is None or rows is None else rows.view(call.x.shape)
+        )
 
     return forward
 
 
-def _formula(matched: Matched, call: Call) -> tuple[Block, list[Tensor]] | None:
+def run_fused(
+    matched: Matched, x: Float[Tensor, "tokens width"], pieces: Sequence[Piece]
+) -> Float[Tensor, "tokens width"] | None:
+    """The block's output for the tokens of all pieces, differentiable; None where it must run as it
+    is. Each adapter's rows are all rows, or those of one piece."""
+    formula = _formula(matched, x)
+    if formula is None:
+        return None
+    block, factors = formula
+    places = [EVERY_ROW, *(piece.tokens for piece in pieces)]
+    if any(part.rows not in places for shared in block.inputs for part in shared.parts):
+        return None
+    return BlockStep.apply(x, block, pieces, *factors)
+
+
+def _formula(matched: Matched, x: Tensor) -> tuple[Block, list[Tensor]] | None:
     """The block under the route in force and its factors; None where it must run as it is."""
     groups = matched.parts.linears
     members = [[m for module in group if (m := member_in_force(module))] for group in groups]
     if [len(group) for group in members] != [len(group) for group in groups]:
         return None
-    if _trains_norms(matched) or torch.is_autocast_enabled(call.x.device.type):
+    inner = (module for module in own_modules(matched.module) if module is not matched.module)
+    if any(_has_hooks(module) for module in inner) or _trains_norms(matched):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
         return None
     formula = matched.block(members)
-    if formula is None or not any(t.requires_grad for t in (call.x, *formula[1])):
+    if formula is None or not any(t.requires_grad for t in (x, *formula[1])):
         return None
     return formula
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from loralab.adapters import Member, base_member, share
 from loralab.errors import ModelError
 from loralab.fusion.attention import Mask
-from loralab.fusion.block import Angles, Block, block_forward
+from loralab.fusion.block import Angles, Block, Piece, Positions, block_forward
 from loralab.fusion.norms import Norm, norm_of
 from loralab.fusion.proof import agrees
 from loralab.fusion.watching import Leaf, Seen, own_modules, watch
@@ -70,9 +71,15 @@ class Matched:
 class Call:
     """What a block is called with, as far as the formula knows it."""
 
-    x: Tensor
+    x: Float[Tensor, "batch tokens width"]
     angles: Angles
     mask: Mask
+
+    def piece(self, start: int = 0, wanted: Positions | None = None) -> Piece:
+        """The call as a piece whose first token stands at `start`."""
+        num_rows, num_tokens, _ = self.x.shape
+        tokens = slice(start, start + num_rows * num_tokens)
+        return Piece(tokens, num_rows, self.angles, self.mask, wanted)
 
 
 def matching_blocks(model: nn.Module) -> list[Matched]:
@@ -128,7 +135,8 @@ def _match(layer: nn.Module, seen: Sequence[Seen]) -> Matched | None:
     if built is None:
         return None
     for call, each in zip(calls, seen, strict=True):
-        got, _ = block_forward(call.x, built[0], call.angles, call.mask, [])
+        rows, _ = block_forward(call.x.flatten(0, 1), built[0], [call.piece()], [])
+        got = rows.view(call.x.shape)
         if not isinstance(each.output, Tensor) or not agrees(got - call.x, each.output - call.x):
             return None
     return found
