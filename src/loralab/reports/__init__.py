@@ -13,6 +13,7 @@ from loralab.reports.comparison import comparison_page
 from loralab.reports.explain import write_explanation
 from loralab.reports.page import write_page
 from loralab.reports.plan import plan_page
+from loralab.reports.rank import rank_page
 from loralab.reports.run import run_page
 from loralab.reports.xray import xray_page
 
@@ -21,6 +22,7 @@ __all__ = [
     "write_comparison_report",
     "write_explanation",
     "write_plan_report",
+    "write_rank_report",
     "write_run_report",
     "write_xray_report",
 ]
@@ -77,3 +79,11 @@ def write_plan_report(plan: Mapping[str, Any], path: str | Path) -> None:
     Raises `OutputError` where the file cannot be written.
     """
     write_page(plan_page(plan), path)
+
+
+def write_rank_report(document: Mapping[str, Any], path: str | Path) -> None:
+    """Write the page of what `loralab rank --json` prints to `path`, whole or not at all.
+
+    Raises `OutputError` where the file cannot be written.
+    """
+    write_page(rank_page(document), path)

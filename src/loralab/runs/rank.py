@@ -1,33 +1,35 @@
 """`loralab rank`: how small an adapter can be made before it loses more than is tolerable."""
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from loralab.adapters import Adapter, Decomposed, num_bytes, write_adapter
-from loralab.errors import AdapterError, ConfigError
-from loralab.events import Listener, Phase, Progress, ignore
-from loralab.evidence import (
-    Candidate,
-    RowScores,
-    Rule,
-    chosen_index,
-    confirmation,
-    rank_curve,
-    rank_verdict,
-)
+from loralab.adapters import Adapter, write_adapter
+from loralab.config import load_config
+from loralab.errors import ConfigError, Interrupted, OutputError
+from loralab.events import Listener, Note, Phase, ignore
+from loralab.evidence import Rule, losses
 from loralab.files import write_json
-from loralab.runs.folder import refuse_existing
-from loralab.runs.subject import HeldOut, Subject, groups_of, held_out, open_subject
+from loralab.reports import write_rank_report
+from loralab.runs.folder import MANIFEST, refuse_existing
+from loralab.runs.rank_measuring import RANKS, RULES, Asked, Measured, falling, measure
+from loralab.runs.rank_trainings import (
+    HIGH_RANK,
+    check_folder,
+    refine,
+    train_high,
+    trained_at,
+    truncations,
+)
+from loralab.runs.subject import ADAPTER_FILE, groups_of, held_out, open_subject
 
 TOLERANCE = 0.01
 """Nats: the right answer's probability falls by 1 % in the geometric mean."""
 
-RANKS = (256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
-RULES: tuple[Rule, ...] = ("uniform", "global")
+DOCUMENT, REPORT = "rank.json", "report.html"
 
 
 def rank(
@@ -40,29 +42,54 @@ def rank(
     rule: Rule = "uniform",
     rules: Sequence[Rule] = RULES,
     ranks: Sequence[int] = RANKS,
+    high: int = HIGH_RANK,
+    rates: Sequence[float] = (),
+    trained: Sequence[int] = (),
+    refine_steps: int = 0,
     output: str | Path | None = None,
     listen: Listener = ignore,
 ) -> dict[str, Any]:
-    """The smallest rank of the adapter in `source` that loses no more than `tolerance` nats.
+    """The smallest rank of an adapter that loses no more than `tolerance` nats.
 
-    source: a finished LoRA run, or an adapter's folder. data: held-out rows (a file, a catalogue
+    source: a finished LoRA run, an adapter's folder, or a recipe, which is trained once at rank
+    `high`, at the best of `rates` where some are given. data: held-out rows (a file, a catalogue
     name, ...) instead of the run's own. rule: which of the curves is decided on; rules: which are
-    measured. ranks: which are tried, as far as they are below the adapter's own. output: a new
-    folder for the truncated adapter, rank.json and report.html.
+    measured. ranks: which are tried, as far as they are below the adapter's own. trained: ranks
+    that are trained too, for comparison. refine_steps: of further training of the chosen adapter.
+    output: a folder for the adapter, rank.json and report.html; started again on it after an
+    interruption, the trainings in it are used.
 
-    Returns the document that docs/rank.md describes. Raises any `LoralabError` of what does not fit
-    together.
+    Returns the document that docs/rank.md describes. Raises any `LoralabError`.
     """
     check_tolerance(tolerance)
-    if output is not None:
-        refuse_existing(Path(output))
-    subject = open_subject(source, base=base, data=data, overrides=overrides)
-    rows = held_out(subject, data, listen)
     asked = Asked(tolerance, rule, tuple(dict.fromkeys((rule, *rules))), falling(ranks))
-    document = examine(subject, rows, asked, listen)
+    is_recipe = not ((Path(source) / MANIFEST).is_file() or (Path(source) / ADAPTER_FILE).is_file())
+    if is_recipe and not Path(source).is_dir():
+        output = Path(output) if output is not None else _default_folder(source)
+    _check_output(output, trains=is_recipe or bool(trained))
+    try:
+        if is_recipe and output is not None:
+            run = train_high(
+                load_config(source, overrides), Path(output), high=high, rates=rates, listen=listen
+            )
+            source, overrides = run.folder, ()
+        subject = open_subject(source, base=base, data=data, overrides=overrides)
+        measured = measure(subject, held_out(subject, data, listen), asked, listen)
+        adapter = measured.chosen
+        if refine_steps:
+            adapter = _refined(measured, adapter, refine_steps, listen)
+        if trained:
+            measured.document["trained"] = _trained(measured, trained, output, listen)
+    except (KeyboardInterrupt, Interrupted):
+        if output is None:
+            raise
+        raise Interrupted(
+            f"interrupted; what is trained is kept in {output}",
+            f"start the same command again with --output {output}.",
+        ) from None
     if output is not None:
-        store(subject, document, Path(output))
-    return document
+        _store(measured, adapter, Path(output))
+    return measured.document
 
 
 def check_tolerance(tolerance: float) -> None:
@@ -74,133 +101,55 @@ def check_tolerance(tolerance: float) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is measured (`rules`, falling `ranks`), and how it is decided."""
-
-    tolerance: float
-    rule: Rule
-    rules: tuple[Rule, ...]
-    ranks: tuple[int, ...]
+def _default_folder(recipe: str | Path) -> Path:
+    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"rank-{Path(recipe).stem}-{stamp}"
 
 
-def falling(ranks: Sequence[int]) -> tuple[int, ...]:
-    """The ranks from the largest to the smallest. Raises `ConfigError` where one is none."""
-    bad = [rank for rank in ranks if rank < 1]
-    if bad or not ranks:
-        raise ConfigError(
-            f"ranks to try: {', '.join(map(str, bad)) or 'none'}", "give whole numbers above 0."
-        )
-    return tuple(sorted(set(ranks), reverse=True))
+def _check_output(output: str | Path | None, *, trains: bool) -> None:
+    if output is None:
+        if trains:
+            raise OutputError("--output is missing: where the trainings go", "name a new folder.")
+    elif trains:
+        check_folder(Path(output))
+    else:
+        refuse_existing(Path(output))
 
 
-def examine(
-    subject: Subject, rows: HeldOut, asked: Asked, listen: Listener = ignore
-) -> dict[str, Any]:
-    """The document of a subject on its rows."""
-    whole = decompose(subject)
-    reference = subject.scores(subject.adapter, rows.choose)
-    candidates = list(_scored(subject, whole, rows, asked, listen))
-    curve = rank_curve(reference, candidates, asked.tolerance, groups_of(rows.choose))
-    listen(Phase(f"confirming on {len(rows.confirm)} rows"))
-    fresh = subject.scores(subject.adapter, rows.confirm)
-    document = {
-        "source": subject.source,
-        "base": subject.config.model.name,
-        "task": subject.config.model.task,
-        "unit": "nats a token" if subject.config.model.task == "causal" else "nats a row",
-        "tolerance": asked.tolerance,
-        "rule": asked.rule,
-        "rows": rows.facts(),
-        "full": _full(whole, reference),
-        "curve": curve,
-    }
-    document |= _choices(subject, candidates, document, rows, fresh)
-    document["verdict"] = rank_verdict(document)
-    return document
+def _refined(measured: Measured, adapter: Adapter, steps: int, listen: Listener) -> Adapter:
+    """The refined adapter where it is better on the choosing rows, else `adapter`.
+
+    What both lose, on both parts of the rows, goes into the document.
+    """
+    if measured.document["chosen"] is None:
+        listen(Note("nothing was truncated, so nothing is refined", warning=True))
+        return adapter
+    subject, rows = measured.subject, measured.rows
+    better = refine(subject, adapter, steps, listen)
+    listen(Phase("scoring the refined adapter"))
+    found = losses(measured.reference, subject.scores(better, rows.choose), groups_of(rows.choose))
+    fresh = losses(measured.fresh, subject.scores(better, rows.confirm), groups_of(rows.confirm))
+    before = measured.document["chosen"]
+    kept = found["nll"] < before["nll"]
+    measured.document["refined"] = {"steps": steps, "kept": kept, **found, "confirm": fresh}
+    return better if kept else adapter
 
 
-def decompose(subject: Subject) -> Decomposed:
-    """The SVDs of its deltas. Raises `AdapterError` where it has none."""
-    whole = Decomposed(subject.adapter)
-    if not whole.svds:
-        raise AdapterError(
-            f"{subject.source} holds no factor pairs (only"
-            f" {', '.join(subject.adapter.whole_modules) or 'whole tensors'}): there is no rank to"
-            " choose",
-            "give an adapter that has targets.",
-        )
-    return whole
+def _trained(
+    measured: Measured, ranks: Sequence[int], output: str | Path | None, listen: Listener
+) -> list[dict[str, Any]]:
+    assert output is not None  # `_check_output` has seen to it
+    wanted = falling(ranks)
+    cut = dict(truncations(measured.whole, wanted))
+    return trained_at(wanted[::-1], measured.subject, measured.rows, cut, Path(output), listen)
 
 
-def _full(whole: Decomposed, reference: RowScores) -> dict[str, Any]:
-    adapter = whole.adapter
-    return {
-        "rank": whole.rank,
-        "parameters": adapter.num_parameters,
-        "bytes": num_bytes(adapter),
-        "modules": len(adapter.pairs),
-        **reference.figures(),
-    }
-
-
-def _scored(
-    subject: Subject, whole: Decomposed, rows: HeldOut, asked: Asked, listen: Listener
-) -> Iterator[Candidate]:
-    """Every candidate of each rule, by falling rank."""
-    wanted = [size for size in asked.ranks if size < whole.rank]
-    if not wanted:
-        raise ConfigError(
-            f"{subject.source} has rank {whole.rank}, and no smaller rank is to be tried",
-            "give --ranks below it, or train at a higher rank.",
-        )
-    listen(Phase("candidates", len(wanted) * len(asked.rules), "adapters"))
-    for done, (rule, size) in enumerate(itertools.product(asked.rules, wanted), start=1):
-        ranks = whole.uniform_ranks(size) if rule == "uniform" else whole.global_ranks(size)
-        adapter = whole.truncated(ranks)
-        yield Candidate(
-            rule=rule,
-            rank=size,
-            ranks=ranks,
-            num_parameters=adapter.num_parameters,
-            num_bytes=num_bytes(adapter),
-            relative_error=whole.relative_error(ranks),
-            scores=subject.scores(adapter, rows.choose),
-        )
-        listen(Progress(done))
-
-
-def _choices(
-    subject: Subject,
-    candidates: Sequence[Candidate],
-    document: dict[str, Any],
-    rows: HeldOut,
-    fresh: RowScores,
-) -> dict[str, Any]:
-    """Each rule's choice with its confirmation; `chosen` is that of the rule decided on."""
-    found: dict[str, dict[str, Any] | None] = {}
-    whole = Decomposed(subject.adapter)
-    rules: list[Rule] = list(dict.fromkeys(candidate.rule for candidate in candidates))
-    for rule in rules:
-        index = chosen_index(document["curve"], rule)
-        if index is None:
-            found[rule] = None
-            continue
-        ranks = candidates[index].ranks
-        scores = subject.scores(whole.truncated(ranks), rows.confirm)
-        confirmed = confirmation(fresh, scores, document["tolerance"], groups_of(rows.confirm))
-        found[rule] = {**document["curve"][index], "ranks": dict(ranks), "confirm": confirmed}
-    return {"choices": found, "chosen": found[document["rule"]]}
-
-
-def truncated(subject: Subject, document: dict[str, Any]) -> Adapter:
-    """The adapter that the document chose; the whole one where none was."""
-    chosen = document["chosen"]
-    return subject.adapter if chosen is None else decompose(subject).truncated(chosen["ranks"])
-
-
-def store(subject: Subject, document: dict[str, Any], output: Path) -> None:
-    """Write the chosen adapter and the document into the folder."""
-    write_adapter(truncated(subject, document), output / "adapter")
+def _store(measured: Measured, adapter: Adapter, output: Path) -> None:
+    """Write the adapter with probes of its own, the document and the page into the folder."""
+    document = measured.document
+    probes = measured.subject.probes(adapter, measured.rows.choose)
+    write_adapter(replace(adapter, probes=probes), output / "adapter")
     document["adapter"] = str(output / "adapter")
-    write_json(output / "rank.json", document)
+    document["report"] = str(output / REPORT)
+    write_rank_report(document, output / REPORT)
+    write_json(output / DOCUMENT, document)

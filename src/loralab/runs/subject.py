@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from loralab.adapters import Adapter, detach, install, read_adapter
+from loralab.adapters import Adapter, Probe, detach, install, read_adapter
 from loralab.config import RunConfig, parse_config, with_overrides
 from loralab.data import Encoded, Example, encode, halves, load_dataset, load_rows
 from loralab.errors import ConfigError, DataError, RunError
 from loralab.events import Listener, Phase
 from loralab.evidence import RowScores
-from loralab.measuring import check_probes
+from loralab.measuring import check_probes, make_probes
 from loralab.models import load_tokenizer
 from loralab.runs.evaluate import CHECKED_PROBES, FILE_SUFFIXES
 from loralab.runs.folder import MANIFEST, Run, open_run
@@ -84,11 +84,19 @@ class Subject:
             )
         finally:
             detach(self.model, PLACE)
-        causal = self.config.model.task == "causal"
+        causal = self.config.model.task == "causal"  # a row is then its mean token
         targets = np.array([max(1, p.num_targets) if causal else 1 for p in found])
         right = [p.num_correct if causal else p.prediction == p.label for p in found]
         nll = np.array([p.nll for p in found])
         return RowScores(nll / targets, np.array(right, dtype=float) / targets)
+
+    def probes(self, adapter: Adapter, rows: Sequence[Encoded]) -> tuple[Probe, ...]:
+        """Probes of `adapter` on the base, to be stored with it."""
+        install(self.model, adapter, PLACE)
+        try:
+            return make_probes(self.model, rows, route=PLACE)
+        finally:
+            detach(self.model, PLACE)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Examples as the base reads them."""

@@ -292,3 +292,25 @@ def rank_table(document: dict[str, Any]) -> Table:
         )
         for row in document["curve"]
     ]
+
+
+def trained_table(document: dict[str, Any]) -> Table:
+    """One row a rank that was trained as well: its figures beside the truncation's."""
+    columns = ("rank", "parameters", "size", "trained: nll", "accuracy", "truncated: nll")
+    columns += ("accuracy", "trained minus truncated (95 %)")
+    rows = []
+    for row in document["trained"]:
+        cut = row["truncated"] or {"nll": {"mean": None}, "accuracy": {"mean": None}}
+        rows.append(
+            (
+                str(row["rank"]),
+                formats.count(row["parameters"]),
+                formats.data_size(row["bytes"]),
+                formats.number(row["trained"]["nll"]["mean"], 4),
+                formats.percent(row["trained"]["accuracy"]["mean"]),
+                formats.number(cut["nll"]["mean"], 4),
+                formats.percent(cut["accuracy"]["mean"]),
+                _interval(row["difference"]) if row["difference"] else "",
+            )
+        )
+    return columns, rows
