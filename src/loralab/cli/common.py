@@ -27,6 +27,8 @@ ORDER = (
     "doctor",
     "merge",
     "combine",
+    "export",
+    "probe",
     "plan",
     "rank",
     "inspect",

@@ -83,7 +83,7 @@ def _merge_measured(
             "leave --measure out, or merge the run that trained it.",
         )
     listen(Phase("merging"))
-    model = load_model(base, **_task_of(adapter))
+    model = load_model(base, **task_of(adapter))
     install(model, adapter, ADAPTER_NAME)
     check_probes(model, adapter.probes, ADAPTER_NAME)
     merged, certificate = merge_into(model, ADAPTER_NAME, limit=limit, force=force)
@@ -91,7 +91,7 @@ def _merge_measured(
     return certificate.to_dict()
 
 
-def _task_of(adapter: Adapter) -> dict[str, Any]:
+def task_of(adapter: Adapter) -> dict[str, Any]:
     """What the adapter's file says of the model's task; a classifier's head counts its labels."""
     if not adapter.facts.get("model_class", "").endswith("ForSequenceClassification"):
         return {"task": "causal"}
