@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters import attention
+from loralab.adapters.convolution_step import convolution_of, convolution_step, takes
 from loralab.adapters.doubles import double, plain_tensors
 from loralab.adapters.items import as_addition, is_additive, replacements
 from loralab.adapters.layers import Path, path_of
@@ -71,6 +72,9 @@ def run(
     member = member_of(module, mix)
     if member is not None and fits(member, input_of(args, kwargs)):
         return low_rank_step(input_of(args, kwargs), *cast(Any, share([member])))[0]
+    convolved = convolution_of(module, mix)
+    if convolved is not None and takes(convolved[0], input_of(args, kwargs)):
+        return convolution_step(input_of(args, kwargs), convolved[0], *convolved[1].factors())
     replacing = [
         (bank.get(name), weight) for name, weight in mix if not is_additive(bank.get(name))
     ]

@@ -1,0 +1,175 @@
+"""The training step of an adapted convolution: one autograd function that keeps the input alone.
+
+`y = W * x + b + s B (A * (m x))` with a dropout mask m (`*` convolves, B mixes channels at each
+position). The mask, the masked input, `A * x` and the low-rank output are made again in the
+backward pass; all but `A * x` cost no product. The plain formula is `layers.low_rank`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, no_type_check
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from loralab.adapters.items import Pair
+from loralab.adapters.noise import Places, draw_places, kept, mask_at
+from loralab.adapters.routes import Mix
+
+_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+class Geometry(NamedTuple):
+    """How a convolution walks over its input, as torch's operators take it."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def pointwise(self) -> "Geometry":
+        """That of a kernel of size one on this one's output."""
+        dimensions = len(self.stride)
+        return Geometry((1,) * dimensions, (0,) * dimensions, (1,) * dimensions, self.groups)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A frozen convolution, and what a pair adds to it.
+
+    scale: `scale / (1 - dropout)` of the pair, times its weight in the route.
+    """
+
+    weight: Float[Tensor, "out channels *kernel"]
+    bias: Float[Tensor, " out"] | None
+    geometry: Geometry
+    scale: float
+    dropout: float | int
+
+
+def convolution_of(module: nn.Module, mix: Mix) -> tuple[Convolution, Pair] | None:
+    """The module for the step, where it is a plain frozen convolution with one plain pair.
+
+    None for everything else: DoRA, trained biases, several adapters at once, padding that is not
+    zeros, PEFT's form of a grouped convolution, a base that trains.
+    """
+    conv: Any = module
+    if getattr(module, "base_class", type(module)).forward not in _FORWARDS or len(mix) != 1:
+        return None
+    name, route_weight = mix[0]
+    pair = conv.adapters.get(name)
+    if not isinstance(pair, Pair) or pair.magnitude is not None or pair.bias is not None:
+        return None
+    if any(p.requires_grad for p in (conv.weight, conv.bias) if p is not None):
+        return None
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or pair.layer.groups > 1:
+        return None
+    dropout = pair.dropout if pair.training else 0.0
+    geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+    scale = pair.scale * route_weight / (1 - dropout)
+    return Convolution(conv.weight, conv.bias, geometry, scale, dropout), pair
+
+
+def takes(convolution: Convolution, x: Any) -> bool:
+    """Whether the step can take `x`: a batch in the weight's dtype, outside of autocasting."""
+    return (
+        isinstance(x, Tensor)
+        and x.ndim == convolution.weight.ndim
+        and x.dtype == convolution.weight.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def convolution_step(
+    x: Float[Tensor, "batch channels *places"],
+    convolution: Convolution,
+    A: Float[Tensor, "rank columns"],
+    B: Float[Tensor, "out rank"],
+) -> Float[Tensor, "batch out *_"]:
+    """The adapted convolution's output, differentiable in `x` and the factors."""
+    places = draw_places(x) if convolution.dropout else None
+    return ConvolutionStep.apply(x, convolution, places, A, B)
+
+
+class ConvolutionStep(torch.autograd.Function):
+    """The formula above with its gradient."""
+
+    @staticmethod
+    @no_type_check
+    def forward(
+        ctx: Any, x: Tensor, own: Convolution, places: Places | None, A: Tensor, B: Tensor
+    ) -> Tensor:
+        ctx.own = own
+        ctx.save_for_backward(x, places, A, B)
+        dropped = x if places is None else kept(x, places, own.dropout)
+        hidden = _convolve(dropped, _shrinking(own, A, x.dtype), None, own.geometry)
+        y = _convolve(x, own.weight, own.bias, own.geometry)
+        expanding = _expanding(own, B, x.dtype)
+        return y.add_(_convolve(hidden, expanding, None, own.geometry.pointwise), alpha=own.scale)
+
+    @staticmethod
+    @once_differentiable
+    @no_type_check
+    def backward(ctx: Any, g: Tensor):
+        x, places, A, B = ctx.saved_tensors
+        own, geometry = ctx.own, ctx.own.geometry
+        wants_input = ctx.needs_input_grad[0]
+        mask = None if places is None else mask_at(x, places, own.dropout)
+        dropped = x if mask is None else mask * x
+        shrinking, expanding = _shrinking(own, A, x.dtype), _expanding(own, B, x.dtype)
+        hidden = _convolve(dropped, shrinking, None, geometry)
+        grad_hidden, grad_B = _backward(g, hidden, expanding, geometry.pointwise)
+        grad_hidden.mul_(own.scale)
+        grad_dropped, grad_A = _backward(
+            grad_hidden, dropped, shrinking, geometry, wants_input=wants_input
+        )
+        grad_A = grad_A.unflatten(0, (geometry.groups, -1)).sum(0)
+        grads = grad_A.view(A.shape).to(A.dtype), grad_B.view(B.shape).to(B.dtype).mul_(own.scale)
+        if not wants_input:
+            return None, None, None, *grads
+        if mask is not None:
+            grad_dropped.mul_(mask)
+        grad_x, _ = _backward(g, x, own.weight, geometry, wants_kernel=False)
+        return grad_x.add_(grad_dropped), None, None, *grads
+
+
+def _shrinking(
+    own: Convolution, A: Float[Tensor, "rank columns"], dtype: torch.dtype
+) -> Float[Tensor, "_ channels *kernel"]:
+    """A as a kernel of the base's size; each group applies it to its own channels."""
+    kernel = A.to(dtype).view(A.shape[0], *own.weight.shape[1:])
+    groups = own.geometry.groups
+    return kernel if groups == 1 else kernel.repeat(groups, *(1 for _ in kernel.shape[1:]))
+
+
+def _expanding(
+    own: Convolution, B: Float[Tensor, "out rank"], dtype: torch.dtype
+) -> Float[Tensor, "out rank *_"]:
+    return B.to(dtype).view(*B.shape, *(1 for _ in own.geometry.stride))
+
+
+def _convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    none = (0,) * len(stride)
+    return torch.convolution(x, kernel, bias, stride, padding, dilation, False, none, groups)
+
+
+def _backward(
+    g: Tensor,
+    x: Tensor,
+    kernel: Tensor,
+    geometry: Geometry,
+    *,
+    wants_input: bool = True,
+    wants_kernel: bool = True,
+) -> tuple[Any, Any]:
+    """The gradients of the input and of the kernel, None where unwanted."""
+    stride, padding, dilation, groups = geometry
+    none = (0,) * len(stride)
+    wanted = (wants_input, wants_kernel, False)
+    grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(
+        g, x, kernel, None, stride, padding, dilation, False, none, groups, wanted
+    )
+    return grad_x, grad_kernel

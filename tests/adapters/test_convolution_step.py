@@ -1,0 +1,97 @@
+"""The training step of convolutions: the plain formula, with the input alone kept."""
+
+import pytest
+import torch
+from torch import nn
+
+from loralab.adapters import LoRAConfig, adapter_parameters, attach, following, use
+
+CONVOLUTIONS = {
+    "1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "2d": (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (2, 4, 7, 8)),
+    "2d without a bias": (nn.Conv2d(4, 6, 1, bias=False), (3, 4, 5, 5)),
+    "2d grouped": (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 6, 6)),
+    "2d depthwise": (nn.Conv2d(4, 8, 3, groups=4, padding=1), (2, 4, 6, 6)),
+    "3d": (nn.Conv3d(2, 3, 2, padding=1), (2, 2, 3, 4, 4)),
+}
+
+
+def adapted(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.float64):
+    """The convolution with a pair that does something, and an input."""
+    conv, shape = CONVOLUTIONS[name]
+    torch.manual_seed(1)
+    model = nn.Sequential(type(conv)(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+        conv.dilation, conv.groups, conv.bias is not None, dtype=dtype,
+    ))  # fmt: skip
+    attach(model, LoRAConfig(rank=2, alpha=3, dropout=dropout, targets=["0"]), name="a", seed=0)
+    for value in adapter_parameters(model, "a").values():
+        value.data = torch.randn_like(value, dtype=dtype)
+    return model, torch.randn(shape, dtype=dtype)
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    torch.manual_seed(4)
+    with use(model, "a"):
+        y = model(x)
+    torch.manual_seed(5)
+    return [y, *torch.autograd.grad(y, [x, *adapter_parameters(model, "a").values()],
+                                    torch.randn_like(y))]  # fmt: skip
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_it_is_the_plain_formula(name: str, dropout: float, monkeypatch) -> None:
+    model, x = adapted(name, dropout)
+    model.train()
+    ours = gradients(model, x)
+    monkeypatch.setattr(following, "convolution_of", lambda module, mix: None)
+    plain = gradients(model, x)
+    for own, wanted in zip(ours, plain, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_gradients_are_right(name: str) -> None:
+    model, x = adapted(name, dropout=0.3)
+    model.train()
+    A, B = adapter_parameters(model, "a").values()
+
+    def output(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(9)
+        with use(model, "a"):
+            return torch.func.functional_call(model, {"0.adapters.a.A": a, "0.adapters.a.B": b}, x)
+
+    assert torch.autograd.gradcheck(output, (x.requires_grad_(), A, B))
+
+
+def test_only_the_input_is_kept() -> None:
+    model, x = adapted("2d", dropout=0.2, dtype=torch.float32)
+    x.requires_grad_()
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), use(model, "a"):
+        model(x)
+    num_lines = x.numel() // x.shape[-1]
+    assert sum(kept.values()) == x.numel() * 4 + num_lines * 8
+
+
+@pytest.mark.parametrize("mode", ["reflect", "circular"])
+def test_other_paddings_run_by_the_plain_formula(mode: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode))
+    attach(model, LoRAConfig(rank=2, targets=["0"]), name="a", seed=0)
+    pair = model[0].adapters.get("a")
+    pair.B.data.normal_()
+    x = torch.randn(2, 3, 5, 5)
+    kernel = model[0].weight + (pair.scale * pair.B @ pair.A).view_as(model[0].weight)
+    with use(model, "a"):
+        torch.testing.assert_close(model(x), model[0]._conv_forward(x, kernel, model[0].bias))
