@@ -1,7 +1,7 @@
 """Base models, their tokenizers and task heads; where their parts are; facts about sizes."""
 
 from loralab.models.checkpointing import enable_activation_checkpointing
-from loralab.models.classify import Pooling, reads_last_token
+from loralab.models.classify import Pooling, last_token, mean_token, reads_last_token
 from loralab.models.load import build_model, load_model
 from loralab.models.options import Dtype, Task
 from loralab.models.precision import choose_dtype
@@ -32,9 +32,11 @@ __all__ = [
     "enable_activation_checkpointing",
     "evaluating",
     "head_name",
+    "last_token",
     "load_model",
     "load_tokenizer",
     "lower_parameters",
+    "mean_token",
     "model_folder",
     "num_parameters",
     "quiet",

@@ -18,6 +18,10 @@ logger = logging.getLogger("loralab")
 Deliver = Callable[[Piece], None]
 
 
+def _nobody(piece: Piece) -> None:
+    """Takes the rest of an answer whose receiver has failed."""
+
+
 class Ticket:
     """A submitted request: what its sender holds.
 
@@ -27,13 +31,11 @@ class Ticket:
     def __init__(self, request: Request, deliver: Deliver, wake: Callable[["Ticket"], None]):
         self.request = request
         self.num_cached_tokens = 0
-        self.cancelled = False
         self.finished = False
         self._deliver, self._wake = deliver, wake
 
     def cancel(self) -> None:
         """Ends the request soon, from any thread; its last piece says "cancelled"."""
-        self.cancelled = True
         self._wake(self)
 
     def hand_over(self, piece: Piece) -> None:
@@ -45,7 +47,8 @@ class Ticket:
             self._deliver(piece)
         except Exception:
             logger.exception("a receiver failed; its request is cancelled")
-            self.cancelled = True
+            self._deliver = _nobody
+            self.cancel()
 
     def end(self, reason: FinishReason, error: LoralabError | None = None) -> None:
         """Ends the request without another token."""

@@ -223,7 +223,9 @@ class Batch:
     def _weights_changed(self) -> None:
         self.counts["switches"] += 1
         for answer in self.answers:
-            answer.start.slot.identity = None  # computed with both: nobody else goes on from it
+            slot = answer.start.slot
+            # what was computed with both is not for anybody else to go on from
+            slot.identity = None if slot.tokens else self._identity(answer.ticket.request)
         self.runner.adapters_changed()
 
 

@@ -8,6 +8,7 @@ gains no credit by it.
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from statistics import median
 from typing import Generic, TypeVar
 
 from loralab.errors import CapacityError
@@ -17,9 +18,12 @@ Item = TypeVar("Item")
 ANSWER_WEIGHT = 2
 """What a token of an answer costs, in tokens of a prompt (as in the paper)."""
 
-GREED = 4
+GREED = 2
 """A tenant may have so many times the queue's free places waiting (Choudhury and Hahne's dynamic
-threshold): one alone fills four fifths of the queue, and a newcomer always finds a place."""
+threshold): one alone fills two thirds of the queue, the next two thirds of the rest."""
+
+REMEMBERED = 1000
+"""Tenants whose accounts are kept while they are away."""
 
 LOOK_AHEAD = 16
 """Requests of one tenant that are looked at behind one that has to wait."""
@@ -86,7 +90,8 @@ class FairQueue(Generic[Item]):
         """Notes what a tenant was given."""
         own = self._given.get(tenant, self._floor)
         self._given[tenant] = own + prompt_tokens + ANSWER_WEIGHT * answer_tokens
-        if len(self._given) > 1000:  # those below the floor would be lifted to it anyway
+        if len(self._given) > REMEMBERED:  # who comes back starts from the floor
+            self._floor = max(self._floor, median(self._given.values()))
             self._given = {
                 name: given
                 for name, given in self._given.items()
