@@ -1,0 +1,90 @@
+"""Which adapters a request's `model` means."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loralab.errors import RequestError
+from loralab.serving.requests import Entry
+from loralab.serving.store import Lease, Version, identity
+
+MIX = "(mix)"  # the label of all mixes in the metrics, so that weights make no labels
+
+
+@dataclass(frozen=True)
+class Target:
+    """weights: adapter -> weight; none for the base."""
+
+    model: str
+    base: str
+    weights: Mapping[str, float]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are needed."""
+        return tuple(self.weights)
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """The names whose quotas the request uses up."""
+        return self.names or (self.base,)
+
+    @property
+    def tenant(self) -> str:
+        """In whose queue it waits: mixes of the same adapters wait in one, whatever the weights."""
+        return "+".join(sorted(self.counted))
+
+    @property
+    def label(self) -> str:
+        """In the metrics."""
+        return self.counted[0] if len(self.counted) == 1 else MIX
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A target whose adapters are in the model. fingerprint: what the answer says of itself."""
+
+    entry: Entry
+    identity: str
+    fingerprint: str
+
+
+def parse_target(model: str, base: str) -> Target:
+    """`base`, `adapter`, or a mix `a=0.7,b=-0.3`. Raises `RequestError` for what is none."""
+    if model == base:
+        return Target(model, base, {})
+    if "=" not in model:
+        return Target(model, base, {model: 1.0})
+    weights: dict[str, float] = {}
+    faults = []
+    for part in model.split(","):
+        name, _, number = part.partition("=")
+        name = name.strip()
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight):
+            faults.append(f"{part.strip()!r} is not of the form name=weight")
+        elif name in weights or name == base:
+            faults.append(f"{name!r} stands twice" if name in weights else f"{name!r} is the base")
+        weights[name] = weight
+    if faults:
+        raise RequestError(
+            f"model: {'; '.join(faults)}", "write a mix as `reviews=0.7,tweets=0.3`."
+        )
+    return Target(model, base, {name: w for name, w in weights.items() if w != 0})
+
+
+def resolve(target: Target, lease: Lease, base_fingerprint: str) -> Resolved:
+    """The entry for the engine, by the versions that were leased."""
+    by_name: Mapping[str, Version] = {version.name: version for version in lease.versions}
+    weights = {by_name[name]: weight for name, weight in target.weights.items()}
+    if not weights:
+        return Resolved(None, "", base_fingerprint)
+    if list(weights.values()) == [1.0]:
+        [version] = weights
+        return Resolved(version.hosted, identity(weights), version.fingerprint)
+    told = "+".join(f"{version.fingerprint}*{weight:g}" for version, weight in weights.items())
+    entry = {version.hosted: weight for version, weight in weights.items()}
+    return Resolved(entry, identity(weights), told)
