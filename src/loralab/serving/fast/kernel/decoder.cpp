@@ -94,7 +94,7 @@ class Run {
     attended_ = space.attended.of<T>(tokens * q_width_);
     gated_ = space.gated.of<T>(tokens * model.mlp_width);
     hidden_ = space.hidden.of<T>(3 * step.num_entries * step.most_rank);
-    scores_ = space.scores.of<float>(team.size() * scores_room());
+    scores_ = space.scores.of<float>(team.size() * MOST_HEADS * scores_room());
   }
 
   void operator()(int thread) {
@@ -109,7 +109,7 @@ class Run {
       strips(step_.num_wanted, [&](int64_t first, int rows) {
         Tile tile;
         const T* ahead = next < 0 || first > 0 ? nullptr : weight + next * COLUMNS * model_.width;
-        const Weights<T> rows_of{weight + piece * COLUMNS * model_.width, ahead};
+        const Weights<T> rows_of{weight + piece * COLUMNS * model_.width, ahead, nullptr};
         const int count = product(normed_, model_.width, first, rows, rows_of, bias, piece,
                                   model_.vocab, tile);
         for (int m = 0; m < rows; ++m)
@@ -133,11 +133,17 @@ class Run {
     };
     team_.share(phase, of_q + 2 * of_kv, [&](int64_t piece, int64_t next) {
       const Part mine = part(piece);
-      const T* ahead = next < 0 ? nullptr : row_of(number, part(next).which, width, part(next).piece);
+      const T* ahead = nullptr;
+      Wishes wishes;
+      if (next >= 0) {
+        ahead = row_of(number, part(next).which, width, part(next).piece);
+        wish_tiles(wishes, number, part(next).which, part(next).piece);
+      }
+      wish_shrink(wishes, number, OUTPUT, 1, q_width_, piece, of_q + 2 * of_kv);
       strips(tokens, [&](int64_t first, int rows) {
         Tile tile;
         const int count = project(number, mine.which, QUERY, normed_, width, first, rows,
-                                  mine.piece, mine.width, ahead, tile);
+                                  mine.piece, mine.width, ahead, wishes, tile);
         for (int m = 0; m < rows; ++m)
           std::memcpy(qkv_ + (first + m) * qkv_width + mine.at + mine.piece * COLUMNS, tile.at[m],
                       count * sizeof(float));
@@ -152,12 +158,17 @@ class Run {
     team_.share(phase, pieces(model_.mlp_width), [&](int64_t piece, int64_t next) {
       const T* up_rows = row_of(number, UP, width, piece);
       const T* ahead = next < 0 ? nullptr : row_of(number, GATE, width, next);
+      Wishes for_gate, for_up;
+      wish_tiles(for_gate, number, UP, piece);
+      if (next >= 0) wish_tiles(for_up, number, GATE, next);
+      wish_shrink(for_gate, number, DOWN, 1, model_.mlp_width, piece, pieces(model_.mlp_width));
       strips(tokens, [&](int64_t first, int rows) {
         Tile gate, up;
         const int64_t out = model_.mlp_width;
-        project(number, GATE, GATE, normed_, width, first, rows, piece, out, up_rows, gate);
-        const int count =
-            project(number, UP, GATE, normed_, width, first, rows, piece, out, ahead, up);
+        project(number, GATE, GATE, normed_, width, first, rows, piece, out, up_rows,
+                for_gate, gate);
+        const int count = project(number, UP, GATE, normed_, width, first, rows, piece, out, ahead,
+                                  for_up, up);
         for (int m = 0; m < rows; ++m) {
           T* to = gated_ + (first + m) * out + piece * COLUMNS;
           for (int n = 0; n < count; n += LANES) {
@@ -205,7 +216,7 @@ class Run {
         const T* read[STRIP];
         alignas(64) float out[STRIP][8];
         for (int m = 0; m < rows; ++m) read[m] = x + step_.entry_tokens[begin + m] * size;
-        multiply(read, rows, Weights<T>{A, nullptr}, ranks, size, out[0], 8);
+        multiply(read, rows, Weights<T>{A, nullptr, nullptr}, ranks, size, out[0], 8);
         for (int m = 0; m < rows; ++m) {
           const float scale = float(pair.scale) * step_.entry_weights[begin + m];
           T* to = hidden(which, begin + m) + from;
@@ -217,17 +228,43 @@ class Run {
 
   // A projection's outputs of some rows with the pairs of all groups; gives how many there are.
   // group: the first projection that reads the same input.
-  // ahead: the weights that the thread reads afterwards.
+  // ahead: the weights that the thread reads afterwards; wishes: what else.
   int project(int64_t number, int which, int group, const T* x, int64_t size, int64_t first,
-              int rows, int64_t piece, int64_t out, const T* ahead, Tile& tile) {
+              int rows, int64_t piece, int64_t out, const T* ahead, Wishes& wishes,
+              Tile& tile) {
     const Block& block = model_.blocks[number];
-    const Weights<T> weights{row_of(number, which, size, piece), first == 0 ? ahead : nullptr};
+    const Weights<T> weights{row_of(number, which, size, piece), first == 0 ? ahead : nullptr,
+                             first == 0 ? &wishes : nullptr};
     const int count = product(x, size, first, rows, weights,
                               static_cast<const T*>(block.biases[which]), piece, out, tile);
     for (int64_t g = 0; g < step_.num_groups; ++g)
       add_pair(step_.groups[g], step_.groups[g].pairs[number * NUM_PROJECTIONS + which],
                which - group, first, rows, piece, tile);
     return count;
+  }
+
+  // The tiles of B that a piece of a projection needs.
+  void wish_tiles(Wishes& wishes, int64_t number, int which, int64_t piece) const {
+    for (int64_t g = 0; g < step_.num_groups; ++g) {
+      const Pair& pair = step_.groups[g].pairs[number * NUM_PROJECTIONS + which];
+      if (pair.rank == 0) continue;
+      const T* tile = static_cast<const T*>(pair.B) + piece * COLUMNS * pair.rank;
+      wishes.add(tile, COLUMNS * pair.rank * sizeof(T));
+    }
+  }
+
+  // One of `parts` shares of what a later `shrink` reads.
+  void wish_shrink(Wishes& wishes, int64_t number, int first, int count, int64_t size,
+                   int64_t part, int64_t parts) const {
+    if (number == model_.num_blocks) return;
+    for (int64_t g = 0; g < step_.num_groups; ++g) {
+      for (int which = first; which < first + count; ++which) {
+        const Pair& pair = step_.groups[g].pairs[number * NUM_PROJECTIONS + which];
+        const int64_t bytes = pair.rank * size * sizeof(T), from = bytes * part / parts;
+        if (pair.rank != 0)
+          wishes.add(static_cast<const char*>(pair.A) + from, bytes * (part + 1) / parts - from);
+      }
+    }
   }
 
   int product(const T* x, int64_t size, int64_t first, int rows, Weights<T> weights, const T* bias,
@@ -251,16 +288,19 @@ class Run {
                 int64_t piece, Tile& tile) {
     if (pair.rank == 0) return;
     const int64_t* tokens = step_.entry_tokens;
-    const int64_t* at = std::lower_bound(tokens + group.begin, tokens + group.end, first);
-    float(*to[STRIP])[COLUMNS];
-    const T* read[STRIP];
-    int taken = 0;
-    for (; at < tokens + group.end && *at < first + rows; ++at, ++taken) {
-      to[taken] = &tile.at[*at - first];
-      read[taken] = hidden(which, at - tokens);
-    }
+    const int64_t* at = tokens + group.begin;
+    if (first > 0) at = std::lower_bound(at, tokens + group.end, first);
     const T* B = static_cast<const T*>(pair.B) + piece * COLUMNS * pair.rank;
-    expand(to, read, taken, B, pair.rank);
+    while (at < tokens + group.end && *at < first + rows) {
+      float(*to[EXPANDED])[COLUMNS];
+      const T* read[EXPANDED];
+      int taken = 0;
+      for (; taken < EXPANDED && at < tokens + group.end && *at < first + rows; ++at, ++taken) {
+        to[taken] = &tile.at[*at - first];
+        read[taken] = hidden(which, at - tokens);
+      }
+      expand(to, read, taken, B, pair.rank);
+    }
   }
 
   // x += the projection's outputs.
@@ -268,10 +308,14 @@ class Run {
     const int64_t width = model_.width;
     team_.share(phase, pieces(width), [&](int64_t piece, int64_t next) {
       const T* ahead = next < 0 ? nullptr : row_of(number, which, size, next);
+      Wishes wishes;
+      if (next >= 0) wish_tiles(wishes, number, which, next);
+      if (which == OUTPUT) wish_shrink(wishes, number, GATE, 2, width, piece, pieces(width));
+      else wish_shrink(wishes, number + 1, QUERY, 3, width, piece, pieces(width));
       strips(step_.num_tokens, [&](int64_t first, int rows) {
         Tile tile;
         const int count = project(number, which, which, input, size, first, rows,
-                                  piece, width, ahead, tile);
+                                  piece, width, ahead, wishes, tile);
         for (int m = 0; m < rows; ++m) {
           float* x = step_.x + (first + m) * width + piece * COLUMNS;
           for (int n = 0; n < count; n += LANES)
@@ -303,15 +347,20 @@ class Run {
 
   void attend_all(int thread, int& phase, int64_t number) {
     const int64_t size = model_.head_size, heads = model_.num_heads / model_.num_kv_heads;
-    float* scores = scores_ + thread * scores_room();
-    team_.share(phase, step_.num_tokens * model_.num_kv_heads, [&](int64_t piece, int64_t) {
+    float* scores = scores_ + thread * MOST_HEADS * scores_room();
+    team_.share(phase, step_.num_tokens * model_.num_kv_heads, [&](int64_t piece, int64_t next) {
       const int64_t token = piece / model_.num_kv_heads, kv_head = piece % model_.num_kv_heads;
       const int64_t at = place_of(number, token, kv_head);
-      for (int64_t head = kv_head * heads; head < (kv_head + 1) * heads; ++head) {
-        const int64_t mine = token * q_width_ + head * size;
-        attend(queries_ + mine, keys() + at, values() + at, step_.positions[token] + 1, size, scores,
-               attended_ + mine);
+      if (next >= 0) {  // short texts: nothing but this hides where they lie
+        const int64_t its = place_of(number, next / model_.num_kv_heads, next % model_.num_kv_heads);
+        const int64_t count = step_.positions[next / model_.num_kv_heads] + 1;
+        const int64_t lines = std::min<int64_t>(count * size * sizeof(T) / LINE, 128);
+        ask(reinterpret_cast<const char*>(keys() + its), lines);
+        ask(reinterpret_cast<const char*>(values() + its), lines);
       }
+      const int64_t mine = token * q_width_ + kv_head * heads * size;
+      attend(heads, queries_ + mine, keys() + at, values() + at, step_.positions[token] + 1, size,
+             scores, scores_room(), attended_ + mine);
     });
   }
 

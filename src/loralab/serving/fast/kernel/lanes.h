@@ -125,9 +125,12 @@ inline Four sums(Floats a, Floats b, Floats c, Floats d) {
 inline float sum(Floats a) { return sums(a, a, a, a)[0]; }
 
 inline float largest(Floats a) {
-  float most = a[0];
-  for (int i = 1; i < LANES; ++i) most = a[i] > most ? a[i] : most;
-  return most;
+  Four parts[4];
+  std::memcpy(parts, &a, sizeof(parts));
+  Four low = parts[0] > parts[1] ? parts[0] : parts[1];
+  Four high = parts[2] > parts[3] ? parts[2] : parts[3];
+  Four most = low > high ? low : high;
+  return std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
 }
 
 // e^x to 2 units in the last place; 0 far below.
