@@ -34,10 +34,10 @@ class FakeServer:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802  (the library's name)
+            def do_GET(self) -> None:
                 outer.answer(self, None)
 
-            def do_POST(self) -> None:  # noqa: N802
+            def do_POST(self) -> None:
                 size = int(self.headers["Content-Length"])
                 outer.answer(self, json.loads(self.rfile.read(size)))
 

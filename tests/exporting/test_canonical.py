@@ -228,9 +228,7 @@ class TestWhatIsNotCarried:
         assert caught.value.next_step == "merge instead (--merged), which carries all of it."
 
     def test_all_of_it_is_named_at_once(self, make_adapter: Any) -> None:
-        model, _ = make_adapter(
-            dora=True, whole_modules=["norm"], token_rows={"embed_tokens": [5]}
-        )
+        model, _ = make_adapter(dora=True, whole_modules=["norm"], token_rows={"embed_tokens": [5]})
         with pytest.raises(AdapterError) as caught:
             canonical(extract(model, "a"), ENGINES["sglang"], rank=4)
         for part in ("DoRA", "whole modules", "token rows"):

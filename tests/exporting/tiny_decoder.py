@@ -44,9 +44,11 @@ def tokenizer(split: Any = None, vocab_size: int = 400) -> PreTrainedTokenizerFa
     )
 
 
-def save_decoder(folder: Path, kind: type = LlamaForCausalLM, **changes: Any) -> Path:
+def save_decoder(
+    folder: Path, kind: type = LlamaForCausalLM, words: Any = None, **changes: Any
+) -> Path:
     """Two blocks of random weights; grouped queries, large enough to tell tokens apart."""
-    words = tokenizer()
+    words = words or tokenizer()
     settings: dict[str, Any] = {
         "vocab_size": len(words),
         "hidden_size": 64,

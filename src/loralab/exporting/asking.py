@@ -149,13 +149,18 @@ def _next(server: Server, model: str, probe: ServerProbe) -> tuple[Any, Answer]:
     choice, answer = _complete(server, model, probe, logprobs=NUM_TOP)
     by_number = {number: place for place, (number, _) in enumerate(probe.choices)}
     texts = [text for _, text in probe.choices]
-    by_text = {text: place for place, text in enumerate(texts) if texts.count(text) == 1}
+    by_text = {text: place for place, text in enumerate(texts) if _is_one(text, texts)}
     found: dict[int, float] = {}
     for number, text, value in _likeliest(choice.get("logprobs")):
         place = by_number.get(number) if number is not None else by_text.get(text)
         if place is not None and _is_number(value):
             found[place] = float(value)
     return found or None, answer
+
+
+def _is_one(text: str, texts: list[str]) -> bool:
+    """Whether a text means one token: parts of characters all look alike."""
+    return texts.count(text) == 1 and "\ufffd" not in text
 
 
 def _likeliest(logprobs: Any) -> list[tuple[int | None, str, Any]]:

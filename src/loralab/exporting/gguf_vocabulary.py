@@ -113,8 +113,14 @@ def _tokens(told: dict[str, Any], vocab_size: int) -> tuple[list[str], list[Toke
     """Every token by its number, with its kind; numbers without one are unused."""
     named = {number: token for token, number in told["model"]["vocab"].items()}
     added = {token["id"]: token for token in told.get("added_tokens", [])}
+    largest = 1 + max([*named, *added])
+    if largest > vocab_size:
+        raise ModelError(
+            f"the base's tokenizer has {largest} tokens, the model {vocab_size}",
+            "put the tokenizer that belongs to the model into its folder.",
+        )
     tokens, types = [], []
-    for number in range(max(vocab_size, 1 + max([*named, *added]))):
+    for number in range(vocab_size):
         if number in added:
             tokens.append(added[number]["content"])
             special = added[number]["special"]
