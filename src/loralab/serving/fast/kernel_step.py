@@ -5,9 +5,11 @@ kernel's layout, so that it comes and goes without touching another.
 """
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_int64, c_void_p
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -21,6 +23,7 @@ from loralab.serving.fast.steps import Cache
 _NUM_PROJECTIONS = 7
 _INPUT_MULTIPLE = 32  # numbers of half precision in 64 bytes
 _MOST_BLOCKS = 300
+_REFERENCES_OF_POOL = 2  # the list and the argument of `getrefcount`
 _RANK_MULTIPLE, _TILE = 4, 32
 _SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -100,6 +103,25 @@ class _Packed:
         self.pairs, self.memory, self.most_rank = pairs, memory, most_rank
 
 
+class _Pool:
+    """Memory for logits, used again once nobody holds it: fresh pages cost more than filling them.
+
+    A tensor made from an array holds it, and so does every view of that tensor.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+
+    def take(self, rows: int, columns: int) -> Float[Tensor, "rows columns"]:
+        for index in range(len(self._arrays)):
+            is_free = sys.getrefcount(self._arrays[index]) == _REFERENCES_OF_POOL
+            if is_free and self._arrays[index].shape == (rows, columns):
+                return torch.from_numpy(self._arrays[index])
+        self._arrays = [a for a in self._arrays if a.shape[0] == rows][-1:]
+        self._arrays.append(np.empty((rows, columns), dtype=np.float32))
+        return torch.from_numpy(self._arrays[-1])
+
+
 class KernelStep:
     """A `Step` whose products, attention and norms are the kernel's.
 
@@ -121,6 +143,7 @@ class KernelStep:
         self.cache = Cache(decoder, num_slots, max_tokens)
         self._adapters: dict[str, _Packed] = {}
         self._kept: list[Tensor] = []
+        self._pool = _Pool()
         self.base_changed()
 
     def base_changed(self) -> None:
@@ -130,15 +153,15 @@ class KernelStep:
         def place(tensor: Tensor | None) -> int | None:
             if tensor is None:
                 return None
-            kept.append(tensor)
-            return tensor.data_ptr()
+            kept.append(tensor.contiguous())
+            return kept[-1].data_ptr()
 
         self._blocks = (_Block * len(decoder.blocks))()
         for block, made in zip(decoder.blocks, self._blocks, strict=True):
             made.weights[:] = [place(each.weight) for each in block.projections]
             made.biases[:] = [place(each.bias) for each in block.projections]
             norms = block.attention_norm, block.mlp_norm
-            made.gains[:] = [place(norm.gain.float().contiguous()) for norm in norms]
+            made.gains[:] = [place(norm.gain.float()) for norm in norms]
             made.epsilons[:] = [norm.epsilon for norm in norms]
         first = decoder.blocks[0].projections
         keys = self.cache.keys
@@ -154,12 +177,12 @@ class KernelStep:
             max_tokens=keys.shape[3],
             activation=decoder.activation,
             blocks=self._blocks,
-            final_gain=place(decoder.final_norm.gain.float().contiguous()),
+            final_gain=place(decoder.final_norm.gain.float()),
             final_epsilon=decoder.final_norm.epsilon,
             output=place(decoder.output.weight),
             output_bias=place(decoder.output.bias),
-            cos=place(decoder.cos.float().contiguous()),
-            sin=place(decoder.sin.float().contiguous()),
+            cos=place(decoder.cos.float()),
+            sin=place(decoder.sin.float()),
             keys=keys.data_ptr(),
             values=self.cache.values.data_ptr(),
         )
@@ -218,7 +241,7 @@ class KernelStep:
         num_tokens, num_wanted = len(batch.ids), len(batch.wanted)
         weights = torch.tensor([w for group in batch.groups for w in group.weights])
         x = F.embedding(torch.tensor(batch.ids), self.decoder.embedding.weight).float()
-        logits = torch.empty(num_wanted, self._model.vocab)
+        logits = self._pool.take(num_wanted, self._model.vocab)
         first = numbers.data_ptr()
         step = _Step(
             num_tokens=num_tokens,

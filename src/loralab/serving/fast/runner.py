@@ -162,12 +162,13 @@ class FastRunner:
                 f"the model hosts no adapter {unknown[0]!r}",
                 "attach or load it and call `adapters_changed`.",
             )
-        if self._merged is not None and names != {self._merged: 1.0}:
+        if self._merged is not None and names and names != {self._merged: 1.0}:
             raise RouteError(
                 f"adapter {self._merged!r} is merged into this model: it serves no other entry",
                 "call `loralab.restore(model)` first.",
             )
-        return not any(name in self.uncovered for name in names)
+        in_force = [*names, *([] if self._merged is None else [self._merged])]
+        return not any(name in self.uncovered for name in in_force)
 
     def _routed(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """The chunks; an adapter that is in the weights already adds nothing more to them."""
