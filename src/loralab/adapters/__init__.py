@@ -20,6 +20,7 @@ from loralab.adapters.in_place import merge_in_place, restore
 from loralab.adapters.members import Member, base_member, member_in_force, member_of, share
 from loralab.adapters.merge import merge, save_merged
 from loralab.adapters.merging import Change, change_at
+from loralab.adapters.noise import stream_of, streams
 from loralab.adapters.peft_format import (
     content_hash,
     outline_adapter,
@@ -28,7 +29,7 @@ from loralab.adapters.peft_format import (
 )
 from loralab.adapters.probes import Probe
 from loralab.adapters.routes import carry
-from loralab.adapters.rows import declare_rows
+from loralab.adapters.rows import declare_rows, declare_tokens
 from loralab.adapters.saving import install, load_adapter, save_adapter
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.step import EVERY_ROW, SharedInput, draw_mask, project, project_backward
@@ -64,6 +65,7 @@ __all__ = [
     "content_hash",
     "count_parameters",
     "declare_rows",
+    "declare_tokens",
     "detach",
     "draw_mask",
     "dropout_tables",
@@ -91,6 +93,8 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "share",
+    "stream_of",
+    "streams",
     "targets",
     "use",
     "walk",

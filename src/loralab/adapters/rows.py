@@ -140,3 +140,11 @@ def _with_rows(value: Any, num_rows: int, num_tokens: int | None, mode: FakeTens
             shape = (PROBE_ROWS, *rest)
             return torch.empty(shape, dtype=value.dtype, device=value.device)
     return mode.from_tensor(value)
+
+
+def declare_tokens(model: nn.Module, path: str) -> None:
+    """Says that the modules under `path` are given (rows, tokens, ...) under a packed route."""
+    for name, module in walk(model):
+        bank: Any = module._modules.get(ADAPTERS)
+        if bank is not None and name.startswith(f"{path}."):
+            bank.host.seen_tokens[name] = True

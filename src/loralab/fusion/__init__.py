@@ -1,7 +1,7 @@
 """Fusion: blocks found by structure as one autograd function each; losses without logits."""
 
 from loralab.fusion.attention import SHORT_ROW_TOKENS
-from loralab.fusion.fused import fused
+from loralab.fusion.fused import fused, run_fused
 from loralab.fusion.norms import Norm, RMSNorm, norm_of
 from loralab.fusion.output import (
     HiddenStatesError,
@@ -9,7 +9,7 @@ from loralab.fusion.output import (
     stopped_at,
     token_nll_sum,
 )
-from loralab.fusion.pattern import Matched, matching_blocks
+from loralab.fusion.pattern import Matched, matching_blocks, read_call
 from loralab.fusion.proof import agrees
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "fused",
     "matching_blocks",
     "norm_of",
+    "read_call",
+    "run_fused",
     "stopped_at",
     "token_nll_sum",
 ]

@@ -2,7 +2,7 @@
 
 from loralab.models.checkpointing import enable_activation_checkpointing
 from loralab.models.classify import Pooling, last_token, mean_token, reads_last_token
-from loralab.models.load import build_model, load_model
+from loralab.models.load import build_model, load_model, redraw_head
 from loralab.models.options import Dtype, Task
 from loralab.models.precision import choose_dtype
 from loralab.models.prefix import evaluating, replaced_prefix, run_prefix
@@ -41,6 +41,7 @@ __all__ = [
     "num_parameters",
     "quiet",
     "reads_last_token",
+    "redraw_head",
     "replaced_prefix",
     "run_prefix",
 ]

@@ -23,6 +23,9 @@ from loralab.models.structure import head_name
 
 logger = logging.getLogger("loralab")
 
+_DRAWN = "_loralab_drawn"
+"""The attribute of a model that names the parameters its folder did not hold."""
+
 
 def load_model(
     name: str,
@@ -207,14 +210,19 @@ def _fresh_parts(model: PreTrainedModel, task: Task) -> tuple[str, ...]:
     return (*(f"{name}." for name in heads), pooler)
 
 
-def _initialise(model: PreTrainedModel, missing: Iterable[str], seed: int) -> str | None:
-    """Draws the missing parameters from `seed`; returns the head's name where it is among them."""
-    names = sorted(missing)
+def redraw_head(model: PreTrainedModel, seed: int) -> None:
+    """Draw what the model's folder did not hold (its head) as `load_model` with `seed` does."""
     generator = torch.Generator().manual_seed(seed)
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     with torch.no_grad():
-        for name in names:
+        for name in vars(model).get(_DRAWN, ()):
             _draw(model, name, std, generator)
+
+
+def _initialise(model: PreTrainedModel, missing: Iterable[str], seed: int) -> str | None:
+    """Draws the missing parameters from `seed`; returns the head's name where it is among them."""
+    names = vars(model)[_DRAWN] = sorted(missing)
+    redraw_head(model, seed)
     if not names:
         return None
     head = head_name(model)

@@ -15,6 +15,7 @@ from loralab.training.events import (
 )
 from loralab.training.identity import environment
 from loralab.training.loop import fit
+from loralab.training.many import Failed, Stopped, fit_many, prepare_many
 from loralab.training.methods import ADAPTER_NAME, ParameterGroup, Trainable, prepare
 from loralab.training.plan import Plan, lay_out
 from loralab.training.predict import Prediction, accuracy, mean_nll, predict
@@ -31,6 +32,7 @@ __all__ = [
     "EffectiveStep",
     "Event",
     "Examined",
+    "Failed",
     "Finding",
     "Finished",
     "Outcome",
@@ -41,6 +43,7 @@ __all__ = [
     "Schedule",
     "Started",
     "StepDone",
+    "Stopped",
     "Trainable",
     "Validated",
     "accuracy",
@@ -51,11 +54,13 @@ __all__ = [
     "examine",
     "examine_setup",
     "fit",
+    "fit_many",
     "lay_out",
     "lora_config",
     "mean_nll",
     "predict",
     "prepare",
+    "prepare_many",
     "repeatable_step",
     "stream_seed",
     "summarise",

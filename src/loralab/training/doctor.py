@@ -10,7 +10,7 @@ from loralab.errors import TrainingError
 from loralab.training.effective_step import effective_step
 from loralab.training.events import Finding
 from loralab.training.forward import Forward, num_targets
-from loralab.training.methods import Trainable
+from loralab.training.methods import ADAPTER_NAME, Trainable
 from loralab.training.optimiser import Optimiser
 from loralab.training.plan import lay_out
 from loralab.training.schedule import build_schedule
@@ -111,13 +111,13 @@ def check(findings: Iterable[Finding]) -> None:
 
 
 def _parameters(trainable: Trainable) -> Iterator[Finding]:
-    total = sum(parameter.numel() for parameter in trainable.model.parameters())
+    total = trainable.num_total
     share = 100 * trainable.num_trainable / max(1, total)
     text = f"{trainable.num_trainable:,} of {total:,} parameters train ({share:.3g} %)"
     yield Finding("info", "parameters", text)
     if trainable.route is None:
         return
-    marker = f".adapters.{trainable.route}."
+    marker = f".adapters.{ADAPTER_NAME}."
     cost: dict[str, set[str]] = defaultdict(set)
     numbers: Counter[str] = Counter()
     for name, parameter in trainable.parameters.items():

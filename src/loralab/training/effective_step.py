@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from loralab.lowrank import Setting
-from loralab.training.methods import Trainable
+from loralab.training.methods import ADAPTER_NAME, Trainable
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def module_settings(trainable: Trainable) -> dict[str, Setting]:
     if config is None or any(A.is_meta for A, _ in pairs.values()) or not pairs:
         return {}
     rates = {name: group.learning_rate for group in trainable.groups for name in group.parameters}
-    marker = f".adapters.{trainable.route}."
+    marker = f".adapters.{ADAPTER_NAME}."
     stds = torch.stack([A.detach().std(correction=0) for A, _ in pairs.values()]).tolist()
     return {
         module: Setting(

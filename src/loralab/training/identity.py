@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from loralab.data import Encoded
-from loralab.training.methods import Trainable
+from loralab.training.methods import ADAPTERS, Trainable
 from loralab.training.plan import Plan
 
 FREE_SETTINGS = {"checkpoint_steps", "sinks", "threads", "device"}
@@ -64,11 +64,13 @@ def _rows_hash(rows: Sequence[Encoded]) -> str:
 
 def frozen_hash(trainable: Trainable) -> str:
     """A hash of 64 numbers of each frozen parameter: another base is not taken for this one."""
+    if trainable.base_hash:
+        return trainable.base_hash
     trained = trainable.parameters
     return _hash(
         [name, parameter.detach().flatten()[:64].double().tolist()]
         for name, parameter in trainable.model.named_parameters()
-        if name not in trained
+        if name not in trained and not (trainable.route and ADAPTERS in name)
     )
 
 

@@ -61,14 +61,18 @@ def fit(
     findings = examine_setup(trainable, train_rows)
     check(findings)
     with ExitStack() as stack:
-        run = _Run(trainable, train_rows, validation_rows, folder, stack)
+        interrupt = stack.enter_context(InterruptFlag())
+        run = Fit(trainable, train_rows, validation_rows, folder, stack, interrupt)
         yield run.started(findings)
         run.prepare(PrefixStore() if prefixes is None else prefixes)
         yield from run.steps()
-        yield run.finish()
+        finished = run.finish()
+        if interrupt.asked:
+            raise run.interrupted()
+        yield finished
 
 
-class _Run:
+class Fit:
     """One run under way; what it opens is closed by `stack`."""
 
     def __init__(
@@ -78,6 +82,7 @@ class _Run:
         validation_rows: Sequence[Encoded],
         folder: Path,
         stack: ExitStack,
+        interrupt: InterruptFlag,
     ) -> None:
         self._trainable = trainable
         self._training = trainable.training
@@ -91,22 +96,25 @@ class _Run:
         if saved is None:
             saved = Checkpoint(Progress(), self._identity)
         check_identity(saved.identity, self._identity)
-        self._interrupt = stack.enter_context(InterruptFlag())
+        self._interrupt = interrupt
         self._metrics = stack.enter_context(
             closing(Journal(folder / "metrics.jsonl", saved.metrics))
         )
         self._timing = stack.enter_context(closing(Journal(folder / "timing.jsonl", saved.timing)))
         self._optimiser = Optimiser(trainable.groups, self._training)
         stack.callback(self._optimiser.close)
-        self._progress = saved.progress
+        self.progress = saved.progress
+        self._first = saved.progress.step + 1
         self._best = saved.best
+        self._batches = self._remaining_batches()
+        self._saved_step = 0
         if saved.state:
             self._restore(saved.state)
 
     def started(self, findings: Sequence[Finding]) -> Started:
         """What is known before the first step."""
         return Started(
-            step=self._progress.step,
+            step=self.progress.step,
             total_steps=self._plan.total_steps,
             steps_per_epoch=self._plan.steps_per_epoch,
             warmup_steps=self._schedule.warmup_steps,
@@ -118,48 +126,83 @@ class _Run:
     def prepare(self, prefixes: PrefixStore) -> None:
         """Run the frozen blocks where their outputs are to be kept."""
         rows = [*self._train_rows, *self._validation_rows]
-        done = self._progress.finished
+        done = self.progress.finished
         prefix = None if done else prefix_cache(self._trainable, rows, prefixes)
         route = self._trainable.route
         self._forward = Forward(
             self._trainable.model, self._trainable.task, route=route, prefix=prefix
         )
-        self._stepper = Stepper(self._trainable, self._optimiser, self._forward)
+        self.stepper = Stepper(self._trainable, self._optimiser, self._forward)
 
     def steps(self) -> Iterator[Event]:
         """The steps that are not done yet, with validations and checkpoints between them."""
-        first, total = self._progress.step + 1, self._plan.total_steps
-        batches = self._remaining_batches()
-        for step in range(first, total + 1 if not self._progress.finished else first):
-            yield self._step(step, next(batches))
-            self._progress.step = step
-            if step == EXAMINED_STEPS and first == 1:
-                yield self._examine(step)
-            if step in self._plan.validation_steps and self._validation_rows:
-                yield self._validate(step)
-            if self._is_patience_spent():
-                self._progress.stopped_early = step < total
-                break
-            if step == total:
-                break
-            if self._interrupt.asked:
-                yield self._save()
-                raise self._interrupted()
-            if step % self._training.checkpoint_steps == 0:
-                yield self._save()
+        while not self.is_over:
+            began = time.perf_counter()
+            rows = self.next_rows()
+            loss = self.stepper.gradients(self.next_step, rows)
+            yield from self.advance(rows, loss, began)
+            if self._interrupt.asked and not self.is_over:
+                yield from self.pause()
+                raise self.interrupted()
+
+    @property
+    def next_step(self) -> int:
+        """The number of the step that comes next, from 1."""
+        return self.progress.step + 1
+
+    @property
+    def total(self) -> int:
+        """How many steps the whole run has."""
+        return self._plan.total_steps
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left to be done."""
+        progress = self.progress
+        return (
+            progress.finished or progress.stopped_early or progress.step == self._plan.total_steps
+        )
+
+    def next_rows(self) -> list[Encoded]:
+        """The rows of the next step; to be asked once a step."""
+        return [self._train_rows[index] for index in next(self._batches)]
+
+    def advance(self, rows: Sequence[Encoded], loss: Tensor, began: float) -> Iterator[Event]:
+        """The next step, given the loss and the gradients of `rows`, and what follows it.
+
+        began: when the step did, in seconds of `time.perf_counter`.
+        """
+        step = self.next_step
+        yield self._step(step, rows, loss, began)
+        self.progress.step = step
+        if step == EXAMINED_STEPS and self._first == 1:
+            yield self._examine(step)
+        if step in self._plan.validation_steps and self._validation_rows:
+            yield self._validate(step)
+        if self._is_patience_spent():
+            self.stop_early()
+        if not self.is_over and step % self._training.checkpoint_steps == 0:
+            yield self._save()
+
+    def stop_early(self) -> None:
+        """End the run after the step that was done last."""
+        self.progress.stopped_early = self.progress.step < self._plan.total_steps
+
+    def pause(self) -> Iterator[Event]:
+        """Keep a checkpoint of the step that was done last."""
+        if self._saved_step != self.progress.step:
+            yield self._save()
 
     def finish(self) -> Finished:
         """Put the best weights into the model and mark the run as finished."""
         if self._best:
             self._optimiser.set_trained(self._best)
-        progress = self._progress
+        progress = self.progress
         if not progress.finished:
             progress.finished = True
             progress.best_step = progress.best_step or progress.step
             self._best = self._best or _copies(self._optimiser.trained())
             self._save()
-        if self._interrupt.asked:
-            raise self._interrupted()
         best = next((v for v in progress.validations if v["step"] == progress.best_step), {})
         return Finished(
             step=progress.step,
@@ -169,10 +212,8 @@ class _Run:
             stopped_early=progress.stopped_early,
         )
 
-    def _step(self, step: int, indices: Sequence[int]) -> StepDone:
-        began = time.perf_counter()
-        rows = [self._train_rows[index] for index in indices]
-        outcome = self._stepper.step(step, rows, self._schedule.factor(step))
+    def _step(self, step: int, rows: Sequence[Encoded], loss: Tensor, began: float) -> StepDone:
+        outcome = self.stepper.conclude(step, rows, loss, self._schedule.factor(step))
         seconds = time.perf_counter() - began
         row = {"step": step, "epoch": self._plan.epoch(step), **asdict(outcome)}
         self._metrics.write(row)
@@ -180,7 +221,7 @@ class _Run:
         return StepDone(**row, seconds=seconds)
 
     def _examine(self, step: int) -> Examined:
-        findings = examine_gradients(self._trainable, self._stepper.without_gradient())
+        findings = examine_gradients(self._trainable, self.stepper.without_gradient())
         check(findings)
         return Examined(step, tuple(findings))
 
@@ -197,12 +238,12 @@ class _Run:
                 f"step {step}: the mean nll of the validation rows is {nll}",
                 "lower training.learning_rate, or set model.dtype to 'float32'.",
             )
-        best = all(nll < earlier["nll"] for earlier in self._progress.validations)
+        best = all(nll < earlier["nll"] for earlier in self.progress.validations)
         row = {"step": step, "nll": nll, "accuracy": accuracy(predictions), "best": best}
         if best:
-            self._progress.best_step = step
+            self.progress.best_step = step
             self._best = _copies(self._optimiser.trained())
-        self._progress.validations.append(row)
+        self.progress.validations.append(row)
         self._metrics.write({"step": step, **{f"validation_{k}": row[k] for k in _SHOWN}})
         seconds = time.perf_counter() - began
         self._timing.write({"step": step, "validation_seconds": seconds})
@@ -212,19 +253,20 @@ class _Run:
         patience = self._training.patience
         if patience is None:
             return False
-        recent = self._progress.validations[-patience:]
+        recent = self.progress.validations[-patience:]
         return len(recent) == patience and not any(row["best"] for row in recent)
 
     def _save(self) -> CheckpointSaved:
         began = time.perf_counter()
         state: dict[str, Tensor] = {}
-        if not self._progress.finished:
+        if not self.progress.finished:
             trained = self._optimiser.trained()
             state = {f"trained/{name}": value for name, value in trained.items()}
             state |= self._optimiser.state()
+        self._saved_step = self.progress.step
         path = self._checkpoints.save(
             Checkpoint(
-                progress=self._progress,
+                progress=self.progress,
                 identity=self._identity,
                 metrics=self._metrics.mark(),
                 timing=self._timing.mark(),
@@ -232,11 +274,12 @@ class _Run:
                 best=self._best,
             )
         )
-        return CheckpointSaved(self._progress.step, path, time.perf_counter() - began)
+        return CheckpointSaved(self.progress.step, path, time.perf_counter() - began)
 
-    def _interrupted(self) -> Interrupted:
+    def interrupted(self) -> Interrupted:
+        """What ends a run whose state is safe."""
         return Interrupted(
-            f"stopped after step {self._progress.step} of {self._plan.total_steps}; the state is "
+            f"stopped after step {self.progress.step} of {self._plan.total_steps}; the state is "
             f"safe in {self._checkpoints.folder}",
             "start the run again with --resume.",
         )
@@ -249,7 +292,7 @@ class _Run:
         self._optimiser.set_state(state)
 
     def _remaining_batches(self) -> Iterator[list[int]]:
-        epoch, done = divmod(self._progress.step, self._plan.steps_per_epoch)
+        epoch, done = divmod(self.progress.step, self._plan.steps_per_epoch)
         while True:
             epoch += 1
             yield from self._plan.batches(epoch)[done:]

@@ -28,6 +28,7 @@ from loralab.training.starting import (
 from loralab.training.streams import stream_seed
 
 ADAPTER_NAME = "default"
+ADAPTERS = ".adapters."
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,11 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class Trainable:
-    """A model made ready for one method: who trains, at which rate, along which route."""
+    """A model made ready for one method: who trains, at which rate, along which route.
+
+    Trained parameters go by the names that they have in a model of the run's own, whatever the
+    route is called: so what a run stores is the same whether it shared its model or not.
+    """
 
     model: nn.Module
     task: Task
@@ -54,6 +59,7 @@ class Trainable:
     num_frozen_blocks: int  # blocks from the bottom that do not train
     device: torch.device
     adapter: LoRAConfig | None = None  # as attached: EVA may have changed its ranks
+    base_hash: str = ""  # of the frozen parameters, before another run shares the model
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -66,9 +72,20 @@ class Trainable:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
     @property
+    def num_base(self) -> int:
+        """How many numbers the model has without the adapters that it hosts."""
+        named = self.model.named_parameters()
+        return sum(parameter.numel() for name, parameter in named if ADAPTERS not in name)
+
+    @property
+    def num_total(self) -> int:
+        """How many numbers the run's own model has: the base's and those of its adapter."""
+        return self.num_base + (self.num_trainable if self.route else 0)
+
+    @property
     def pairs(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """A and B of every adapted module, by the module's name."""
-        trained, marker = self.parameters, f".adapters.{self.route}."
+        trained, marker = self.parameters, f".adapters.{ADAPTER_NAME}."
         modules = [n.removesuffix(f"{marker}A") for n in trained if n.endswith(f"{marker}A")]
         return {m: (trained[f"{m}{marker}A"], trained[f"{m}{marker}B"]) for m in modules}
 
@@ -99,6 +116,7 @@ def prepare(
     rows: Sequence[Encoded] = (),
     start: Path | None = None,
     device: torch.device | None = None,
+    name: str = ADAPTER_NAME,
 ) -> Trainable:
     """Move `model` to its device, freeze what `method` freezes, attach what it attaches.
 
@@ -109,6 +127,7 @@ def prepare(
     rows: training rows, for initialisers that look at data (`eva`, `lora_ga`).
     start: where `Trainable.keep_start` wrote what the run began with; used if it is there.
     device: instead of the one that `training.device` names ("meta": shapes, for plans).
+    name: what a LoRA run's adapter is called; a model that trains several hosts one a run.
 
     Raises `ConfigError` and `ModelError` for settings that the model cannot follow, `TargetError`
     for targets and patterns that match nothing, `ResumeError` for a damaged `start`.
@@ -120,8 +139,8 @@ def prepare(
     route, num_frozen, adapter = None, 0, None
     match method.kind:
         case "lora":
-            route = ADAPTER_NAME
-            adapter = _attach(model, method, training, task, head, rows, start)
+            route = name
+            adapter = _attach(model, method, training, task, head, rows, start, name)
             chosen = adapter_parameters(model, route)
             num_frozen = len(blocks(model)[1])
         case "full":
@@ -139,8 +158,11 @@ def prepare(
                 )
             num_frozen = len(blocks(model)[1])
             chosen = {n: p for n, p in model.named_parameters() if _inside(n, head)}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
+    for full_name, parameter in model.named_parameters():
+        if route is None or ADAPTERS not in full_name:  # other runs' adapters train, too
+            parameter.requires_grad_(full_name in chosen)
+    if route is not None:
+        chosen = {_as_alone(n, route): parameter for n, parameter in chosen.items()}
     if training.activation_checkpointing:
         enable_activation_checkpointing(model)
     if training.offload_activations and device_kind(device) == "cpu":
@@ -170,6 +192,7 @@ def _attach(
     head: str | None,
     rows: Sequence[Encoded],
     start: Path | None,
+    name: str,
 ) -> LoRAConfig:
     config, starts = lora_config(method, head), None
     if start is not None and start.is_file():
@@ -177,13 +200,13 @@ def _attach(
     elif method.init in FROM_DATA and not next(model.parameters()).is_meta:
         starts, config = starts_from_data(model, config, method, training, task=task, rows=rows)
     seed = stream_seed(training.seed, "initialisation")
-    attach(model, config, name=ADAPTER_NAME, seed=seed, starts=starts)
-    marker = f".adapters.{ADAPTER_NAME}.A"
-    names = adapter_parameters(model, ADAPTER_NAME)
+    attach(model, config, name=name, seed=seed, starts=starts)
+    marker = f"{ADAPTERS}{name}.A"
+    names = adapter_parameters(model, name)
     try:
         check_patterns(config, [n.removesuffix(marker) for n in names if n.endswith(marker)])
     except TargetError:
-        detach(model, ADAPTER_NAME)
+        detach(model, name)
         raise
     return config
 
@@ -218,6 +241,11 @@ def _groups(
         )
         for (role, decays), members in sorted_out.items()
     )
+
+
+def _as_alone(parameter: str, route: str) -> str:
+    """A trained parameter's name in a model that hosts this adapter alone."""
+    return parameter.replace(f"{ADAPTERS}{route}.", f"{ADAPTERS}{ADAPTER_NAME}.")
 
 
 def _inside(parameter: str, module: str) -> bool:

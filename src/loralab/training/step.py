@@ -1,5 +1,6 @@
 """One optimiser step: gradients of a batch in pieces, then clip and move."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loralab.config import TrainingSection
 from loralab.data import Encoded
-from loralab.fusion import fused, matching_blocks
+from loralab.fusion import Matched, fused, matching_blocks
 from loralab.training.attention import training_attention
 from loralab.training.forward import Forward, num_targets
 from loralab.training.methods import Trainable
@@ -39,29 +41,32 @@ class Stepper:
         self._optimiser = optimiser
         self._forward = forward
         self._unreached = set(trainable.parameters)
-        wanted = trainable.training.fuse_blocks and trainable.route is not None
-        self._fusible = matching_blocks(trainable.model) if wanted else []
 
     def step(self, step: int, rows: Sequence[Encoded], factor: float) -> Outcome:
         """Step number `step` on `rows`, with every learning rate times `factor`.
 
-        The loss is the sum over all targets of the step divided by their number, whatever the
-        pieces: accumulation equals the big batch.
-
         Raises `TrainingError` where the loss or a gradient is not finite.
         """
-        training = self._trainable.training
-        pieces = [
-            rows[start : start + training.batch_size]
-            for start in range(0, len(rows), training.batch_size)
-        ]
-        total = max(1, sum(num_targets(row) for row in rows))
+        return self.conclude(step, rows, self.gradients(step, rows), factor)
+
+    def gradients(self, step: int, rows: Sequence[Encoded]) -> Tensor:
+        """The loss of `rows`, whose gradients are left at the parameters.
+
+        It is the sum over all targets of the step divided by their number, whatever the pieces:
+        accumulation equals the big batch.
+        """
+        training, total = self._trainable.training, total_targets(rows)
         self._trainable.model.train()
         with dropout_stream(training.seed, step, self._trainable.device):
-            loss = sum((self._backward(piece, total) for piece in pieces), start=torch.zeros(()))
+            losses = (self._backward(piece, total) for piece in pieces_of(rows, training))
+            return sum(losses, start=torch.zeros(()))
+
+    def conclude(self, step: int, rows: Sequence[Encoded], loss: Tensor, factor: float) -> Outcome:
+        """Clip and move, given the loss and the gradients of `rows`. As `step`."""
         grad_norm = self._optimiser.grad_norm()
         loss_value, norm_value = torch.stack([loss, grad_norm.to(loss.device)]).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            pieces = pieces_of(rows, self._trainable.training)
             raise blame(self._trainable, self._forward, self._optimiser, pieces, step)
         if step <= 2:
             self._note_gradients()
@@ -80,6 +85,11 @@ class Stepper:
         Two steps, because B starts at zero and makes the gradient of A exactly zero in the first.
         """
         return set(self._unreached)
+
+    @functools.cached_property
+    def _fusible(self) -> list[Matched]:
+        wanted = self._trainable.training.fuse_blocks and self._trainable.route is not None
+        return matching_blocks(self._trainable.model) if wanted else []
 
     def _backward(self, piece: Sequence[Encoded], total: int) -> Tensor:
         # around backward too: activation checkpointing computes the forward again there
@@ -100,6 +110,17 @@ class Stepper:
         for name, gradient in self._optimiser.gradients().items():
             if gradient is not None and name in self._unreached and bool(gradient.any()):
                 self._unreached.discard(name)
+
+
+def pieces_of(rows: Sequence[Encoded], training: TrainingSection) -> list[Sequence[Encoded]]:
+    """The rows of a step in pieces of `batch_size`, one forward and backward each."""
+    size = training.batch_size
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def total_targets(rows: Sequence[Encoded]) -> int:
+    """What the loss of a step is divided by."""
+    return max(1, sum(num_targets(row) for row in rows))
 
 
 def repeatable_step(trainable: Trainable, *batches: Sequence[Encoded]) -> Callable[[], Outcome]:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Purpose = Literal["data", "initialisation", "dropout"]
 
@@ -30,3 +31,42 @@ def dropout_stream(seed: int, step: int, device: torch.device) -> Iterator[None]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(stream_seed(seed, "dropout", step))
         yield
+
+
+class RunStream:
+    """The dropout stream of one run among several: `dropout_stream` as a generator of its own."""
+
+    def __init__(self, seed: int, step: int, device: torch.device) -> None:
+        self.generator = torch.Generator(device)
+        self.generator.manual_seed(stream_seed(seed, "dropout", step))
+        self._default = default_generator(device)
+
+    def state(self) -> Tensor:
+        """Where the stream stands."""
+        return self.generator.get_state()
+
+    def set_state(self, state: Tensor) -> None:
+        """Put the stream there."""
+        self.generator.set_state(state)
+
+    def set_default_state(self, state: Tensor) -> None:
+        """Put the default generator there, inside `as_default`."""
+        self._default.set_state(state)
+
+    @contextmanager
+    def as_default(self) -> Iterator[None]:
+        """Inside, the device's default generator is this stream; it is restored afterwards."""
+        outer = self._default.get_state()
+        self._default.set_state(self.generator.get_state())
+        try:
+            yield
+        finally:
+            self.generator.set_state(self._default.get_state())
+            self._default.set_state(outer)
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that draws on a device without a word."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or torch.cuda.current_device()]
+    return torch.default_generator

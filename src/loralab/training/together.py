@@ -1,0 +1,429 @@
+"""Several runs through one model: embeddings and heads run by run, the blocks for all at once.
+
+The tokens of all runs' batches stand one after another, (1, tokens, width), each run's batch padded
+as it would be alone. What treats tokens one by one (linear layers, norms, activations) is computed
+for all of them; attention, dropout and low-rank pairs are each run's own. A batch of four rows is
+too small for efficient matrix products; those of eight runs are not.
+
+Everything is the model's own code: its forward is stopped before the first block, where masks and
+positions are noted for every block, and goes on after the last with that run's hidden states. A
+model is tried first; where its blocks give something else this way, there is no `Together`.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from loralab.adapters import declare_tokens, hosted, streams, use
+from loralab.config import Task
+from loralab.data import Encoded
+from loralab.errors import ModelError
+from loralab.fusion import Matched, agrees, matching_blocks, read_call, run_fused
+from loralab.models import blocks, evaluating
+from loralab.training.attention import training_attention
+from loralab.training.forward import Forward
+from loralab.training.streams import RunStream
+
+ATTENTION = "loralab_by_run"
+TRIED = (((5, 3), 5), ((4, 4, 2), 4))
+"""Lengths of rows and width of the two batches that a model is tried with."""
+
+
+class _ReachedError(Exception):
+    """Ends a forward at the last block: its inputs are known."""
+
+
+@dataclass
+class Batch:
+    """One run's rows on their way through the model."""
+
+    name: str
+    rows: Sequence[Encoded]
+    start: int = 0  # of its tokens among all
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    attention: str = "sdpa"
+
+    @property
+    def hidden(self) -> Float[Tensor, "rows tokens width"]:
+        """What the first block is given."""
+        args, kwargs = self.calls[0]
+        return args[0] if args else kwargs["hidden_states"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, tokens)."""
+        rows, tokens, _ = self.hidden.shape
+        return rows, tokens
+
+    @property
+    def tokens(self) -> slice:
+        """Where its tokens stand among all."""
+        rows, tokens = self.shape
+        return slice(self.start, self.start + rows * tokens)
+
+
+class Together:
+    """Training forwards of several runs whose adapters one model hosts."""
+
+    def __init__(self, model: nn.Module, task: Task, layers: nn.ModuleList) -> None:
+        self._model = model
+        self._task: Task = task
+        self._layers = layers
+        self._forwards: dict[str, Forward] = {}
+        self._matched: dict[nn.Module, Matched] = {}
+
+    @staticmethod
+    def of(model: nn.Module, task: Task, *, fuse_blocks: bool = True) -> "Together | None":
+        """For a model whose blocks can be run this way, None for any other.
+
+        Costs a few forwards of few tokens.
+        """
+        layers = _layers(model)
+        if layers is None or not _tried(model, layers):
+            return None
+        path = blocks(model)[0]
+        declare_tokens(model, path)
+        together = Together(model, task, layers)
+        if fuse_blocks:
+            together._matched = {match.module: match for match in matching_blocks(model)}
+        return together
+
+    def nll_sums(
+        self, rows: Mapping[str, Sequence[Encoded]], random: Mapping[str, RunStream]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The nll of all targets of each adapter's rows, in nats.
+
+        random: each adapter's stream, which dropout draws from in the order of a run alone.
+        """
+        batches, before = [], {}
+        for name, own in rows.items():
+            before[name] = random[name].state()
+            batches.append(self._enter(Batch(name, own), random[name]))
+        _place(batches)
+        x = torch.cat([batch.hidden.flatten(0, 1) for batch in batches])
+        names = [batch.name for batch in batches]
+        generators = {name: random[name].generator for name in names}
+        with use(self._model, names, segments=_segments(batches)), streams(generators):
+            x = self._run_blocks(x, batches, random)
+        return {
+            batch.name: self._leave(batch, x[batch.tokens], random[batch.name], before[batch.name])
+            for batch in batches
+        }
+
+    def _enter(self, batch: Batch, stream: RunStream) -> Batch:
+        """The run's forward up to the blocks."""
+        note = _Note(batch, len(self._layers))
+        config: Any = self._model.config
+        width = max(len(row.input_ids) for row in batch.rows)
+        with stream.as_default(), training_attention(self._model, width):
+            batch.attention = config._attn_implementation
+            with stood_in(self._layers, note):
+                try:
+                    self._forward(batch.name).nll_sum(batch.rows)
+                except _ReachedError:
+                    return batch
+        raise ModelError(
+            f"{type(self._model).__name__} never calls its last block", "train the runs alone."
+        )
+
+    def _leave(
+        self, batch: Batch, hidden: Tensor, stream: RunStream, before: Tensor
+    ) -> Float[Tensor, ""]:
+        """The run's forward from the last block on. What comes before draws what it drew before."""
+        after = stream.state()
+        stream.set_state(before)
+        last = len(self._layers) - 1
+        hidden = hidden.view(*batch.shape, -1)
+
+        def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            if number < last:
+                return _hidden_of(args, kwargs)
+            stream.set_default_state(after)
+            return hidden
+
+        with stream.as_default(), stood_in(self._layers, stand_in):
+            return self._forward(batch.name).nll_sum(batch.rows)
+
+    def _run_blocks(
+        self, x: Tensor, batches: Sequence[Batch], random: Mapping[str, RunStream]
+    ) -> Float[Tensor, "tokens width"]:
+        with attention_by_run(self._layers, batches, random) as at:
+            for number, layer in enumerate(self._layers):
+                at.block = number
+                x = self._run_block(number, layer, x, batches)
+        return x
+
+    def _run_block(
+        self, number: int, layer: nn.Module, x: Tensor, batches: Sequence[Batch]
+    ) -> Float[Tensor, "tokens width"]:
+        matched = self._matched.get(layer)
+        calls = [read_call(*batch.calls[number]) for batch in batches] if matched else []
+        if matched is not None and all(calls):
+            pieces = [
+                call.piece(batch.start, self._wanted(batch) if matched.is_last else None)
+                for call, batch in zip(calls, batches, strict=True)
+                if call is not None
+            ]
+            y = run_fused(matched, x, pieces)
+            if y is not None:
+                return y
+        args, kwargs = _joined([batch.calls[number] for batch in batches], x, batches)
+        return layer(*args, **kwargs)[0]
+
+    def _wanted(self, batch: Batch) -> Tensor | None:
+        return self._forward(batch.name).read_positions(batch.rows)
+
+    def _forward(self, name: str) -> Forward:
+        if name not in self._forwards:
+            route = name if name in hosted(self._model) else None
+            self._forwards[name] = Forward(self._model, self._task, route=route)
+        return self._forwards[name]
+
+
+class _Note:
+    """In the place of the blocks: hands on what it is given, notes how each was called."""
+
+    def __init__(self, batch: Batch, num_layers: int) -> None:
+        self._batch, self._last = batch, num_layers - 1
+
+    def __call__(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        self._batch.calls.append((args, kwargs))
+        if number == self._last:
+            raise _ReachedError
+        return _hidden_of(args, kwargs)
+
+
+@contextmanager
+def stood_in(
+    layers: nn.ModuleList, function: Callable[[int, tuple[Any, ...], dict[str, Any]], Tensor]
+) -> Iterator[None]:
+    """Inside, `function(number, args, kwargs)` runs in the place of each block."""
+
+    def forward_of(number: int) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: function(number, args, kwargs)
+
+    for number, layer in enumerate(layers):
+        vars(layer)["forward"] = forward_of(number)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
+
+
+@dataclass
+class _Place:
+    """Where the runs' blocks are now, for what attention is called with."""
+
+    batches: Sequence[Batch]
+    random: Mapping[str, RunStream]
+    block: int = 0
+
+    def split(self, x: Shaped[Tensor, "1 tokens *rest"]) -> Iterator[tuple[Batch, Tensor]]:
+        """Each run's part of the tokens, as its batch."""
+        for batch in self.batches:
+            yield batch, x[0, batch.tokens].unflatten(0, batch.shape)
+
+    @contextmanager
+    def drawing(self, batch: Batch) -> Iterator[None]:
+        """Inside, the default generator is the run's."""
+        if batch.name not in self.random:
+            yield
+            return
+        with self.random[batch.name].as_default():
+            yield
+
+
+_place_now: ContextVar[_Place] = ContextVar("the runs' blocks")
+
+
+@contextmanager
+def attention_by_run(
+    layers: nn.ModuleList, batches: Sequence[Batch], random: Mapping[str, RunStream]
+) -> Iterator[_Place]:
+    """Inside, the blocks' attention and dropouts treat each run's tokens by themselves."""
+    place = _Place(batches, random)
+    token = _place_now.set(place)
+    configs = {id(c): c for m in layers.modules() if (c := vars(m).get("config")) is not None}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    dropouts = [m for m in layers.modules() if isinstance(m, nn.Dropout) and m.p and m.training]
+    try:
+        for config, _ in before:
+            config._attn_implementation = ATTENTION
+        for module in dropouts:
+            vars(module)["forward"] = _dropping(module, place)
+        yield place
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        for module in dropouts:
+            del vars(module)["forward"]
+        _place_now.reset(token)
+
+
+def _dropping(module: nn.Dropout, place: _Place) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        found = []
+        for batch, own in place.split(x):
+            with place.drawing(batch):
+                found.append(F.dropout(own, module.p, True).flatten(0, 1))
+        return torch.cat(found)[None]
+
+    return forward
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention that each run would have alone; all are (1, heads, tokens, head_size)."""
+    place = _place_now.get()
+    own_tokens = [place.split(heads.transpose(1, 2)) for heads in (query, key, value)]
+    outputs = []
+    for (batch, q), (_, k), (_, v) in zip(*own_tokens, strict=True):
+        args, named = batch.calls[place.block]
+        masks = [mask for mask in (*args, *named.values()) if _is_mask(mask, batch)]
+        default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(batch.attention, default)
+        heads = [each.transpose(1, 2) for each in (q, k, v)]
+        with place.drawing(batch):
+            output, _ = attend(module, *heads, masks[0] if masks else None, **kwargs)
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+
+
+def _is_mask(value: Any, batch: Batch) -> bool:
+    rows, tokens = batch.shape
+    is_tensor = isinstance(value, Tensor) and value.ndim == 4
+    fits = is_tensor and value.shape[-1] == tokens and value.shape[-2] in (1, tokens)
+    return fits and value.shape[0] in (1, rows)
+
+
+def _joined(
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], x: Tensor, batches: Sequence[Batch]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a block for all runs: `x` first, what else is by token one after another.
+
+    Masks are left out (attention takes each run's). Raises `ModelError` for what is neither.
+    """
+    args = [_join(values, batches) for values in zip(*(args for args, _ in calls), strict=True)]
+    kwargs = {key: _join([named[key] for _, named in calls], batches) for key in calls[0][1]}
+    if args:
+        args[0] = x[None]
+    else:
+        kwargs["hidden_states"] = x[None]
+    return args, kwargs
+
+
+def _join(values: Sequence[Any], batches: Sequence[Batch]) -> Any:
+    first = values[0]
+    given = zip(values, batches, strict=True)
+    if all(value is None or _is_mask(value, batch) for value, batch in given):
+        return None
+    if isinstance(first, tuple):
+        return tuple(_join(each, batches) for each in zip(*values, strict=True))
+    if not isinstance(first, Tensor):
+        if any(type(value) is not type(first) for value in values):
+            raise ModelError("the runs' blocks are called with different arguments", _ALONE)
+        return first
+    tokens = []
+    for value, batch in zip(values, batches, strict=True):
+        if value.ndim < 2 or value.shape[1] != batch.shape[1]:
+            raise ModelError(f"a block is given a tensor of shape {tuple(value.shape)}", _ALONE)
+        tokens.append(value.expand(batch.shape[0], *value.shape[1:]).flatten(0, 1))
+    return torch.cat(tokens)[None]
+
+
+_ALONE = "train the runs alone."
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _place(batches: Sequence[Batch]) -> None:
+    start = 0
+    for batch in batches:
+        batch.start = start
+        start = batch.tokens.stop
+
+
+def _segments(batches: Sequence[Batch]) -> Tensor:
+    """(1, tokens): the number of each token's run."""
+    sizes = torch.tensor([batch.tokens.stop - batch.tokens.start for batch in batches])
+    return torch.arange(len(batches)).repeat_interleave(sizes)[None]
+
+
+def _layers(model: nn.Module) -> nn.ModuleList | None:
+    """The model's blocks, where all that drops inside them is a module or attention's."""
+    if not hasattr(getattr(model, "config", None), "_attn_implementation"):
+        return None
+    try:
+        layers = blocks(model)[1]
+    except ModelError:
+        return None
+    for module in layers.modules():
+        rates = {name: rate for name, rate in vars(module).items() if "dropout" in name}
+        rates.pop("attention_dropout", None)
+        if any(isinstance(rate, float) and rate > 0 for rate in rates.values()):
+            return None
+    return layers
+
+
+def _tried(model: nn.Module, layers: nn.ModuleList) -> bool:
+    """Whether the blocks give together what they give batch by batch."""
+    ends: list[Tensor] = []
+    handle = layers[-1].register_forward_hook(lambda _module, _args, output: ends.append(output))
+    batches = []
+    with ExitStack() as stack:
+        stack.callback(handle.remove)
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(use(model, None))
+        for number, (lengths, width) in enumerate(TRIED):
+            inputs = _few_tokens(model, lengths, width)
+            model(**inputs)
+            batch = Batch(str(number), (), attention=model.config._attn_implementation)
+            note = _Note(batch, len(layers))
+            try:
+                with stood_in(layers, note):
+                    model(**inputs)
+            except _ReachedError:
+                batches.append(batch)
+        if len(batches) < len(TRIED) or not all(isinstance(end, Tensor) for end in ends):
+            return False
+        _place(batches)
+        x = torch.cat([batch.hidden.flatten(0, 1) for batch in batches])
+        try:
+            with attention_by_run(layers, batches, {}) as place:
+                for number, layer in enumerate(layers):
+                    place.block = number
+                    args, kwargs = _joined([b.calls[number] for b in batches], x, batches)
+                    x = layer(*args, **kwargs)[0]
+        except Exception:  # whatever a model of another kind trips over
+            return False
+    wanted = torch.cat([end.flatten(0, 1) for end in ends])
+    return x.shape == wanted.shape and agrees(x, wanted)
+
+
+def _few_tokens(model: nn.Module, lengths: Sequence[int], width: int) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    mask = torch.tensor([[int(at < length) for at in range(width)] for length in lengths])
+    ids = torch.arange(mask.numel()).view(mask.shape) % 50
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
