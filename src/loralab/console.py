@@ -56,6 +56,11 @@ class Console:
         self.close()
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
 
+    def line(self, text: str) -> None:
+        """Print one line to stdout and hand it over at once: the program goes on running."""
+        self.text(text)
+        sys.stdout.flush()
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """Print a table to stdout; the first column is left-aligned, the others right."""
         self.close()

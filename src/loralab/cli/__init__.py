@@ -4,11 +4,29 @@ import sys
 
 import click
 
-from loralab.cli import adapters, choosing, exporting, foreseeing, starting, training, understanding
+from loralab.cli import (
+    adapters,
+    choosing,
+    exporting,
+    foreseeing,
+    serving,
+    starting,
+    training,
+    understanding,
+)
 from loralab.cli.common import app, console_for
 from loralab.errors import LoralabError
 
-VERB_FILES = (adapters, choosing, exporting, foreseeing, starting, training, understanding)
+VERB_FILES = (
+    adapters,
+    choosing,
+    exporting,
+    foreseeing,
+    serving,
+    starting,
+    training,
+    understanding,
+)
 """Importing a file enters its verbs into `app`."""
 
 __all__ = ["app", "main"]

@@ -1,6 +1,8 @@
 """What all verbs share: the group, common options, settings, the console."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,6 +30,7 @@ ORDER = (
     "merge",
     "combine",
     "export",
+    "serve",
     "probe",
     "plan",
     "rank",
@@ -51,6 +54,21 @@ class Verbs(click.Group):
         if name not in self.commands and not name.startswith("-"):
             raise click.UsageError(f"no verb {name!r}; {nearest(name, self.commands)}", ctx)
         return super().resolve_command(ctx, args)
+
+
+@contextmanager
+def large_imports() -> Iterator[None]:
+    """Inside, torch and what stands on it are imported without rounds of the garbage collector.
+
+    It would look through a million new objects again and again, a third of the time; nor will it
+    later, or when the process ends.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def common(function: Callable[..., Any]) -> Callable[..., Any]:
