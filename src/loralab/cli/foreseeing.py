@@ -11,6 +11,7 @@ from loralab.cli.common import (
     app,
     common,
     console_for,
+    large_imports,
     plan_settings,
     recipe_and_overrides,
     settings_of,
@@ -58,8 +59,9 @@ def plan(
         recipe, overrides = None, (recipe, *overrides)
     config = plan_settings(recipe, overrides, model)
 
-    from loralab.runs.plan import plan as make_plan
-    from loralab.runs.tables import plan_lines, plan_tables
+    with large_imports():
+        from loralab.runs.plan import plan as make_plan
+        from loralab.runs.tables import plan_lines, plan_tables
 
     document = make_plan(
         config,

@@ -1,6 +1,7 @@
 """From settings to the accounts of a training step, without a weight."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from loralab.config import RunConfig
 from loralab.data import Encoded
@@ -13,6 +14,9 @@ from loralab.planning.facts import rules_for
 from loralab.planning.steps import Traceable, rows_for
 from loralab.planning.timeline import Timeline
 from loralab.planning.trace import Tracer, trace
+
+TRACED_PASSES = 2
+"""Of a step that accumulates: the first finds no gradients, and all others are like the second."""
 
 
 def predict(
@@ -32,12 +36,25 @@ def predict(
     Raises `PlanError` for a step that cannot be traced.
     """
 
-    rows = rows or rows_for(config)
+    passes = config.training.accumulation
+    traced = passes if rows else min(passes, TRACED_PASSES)
+    rows = rows or rows_for(config.replace(training__accumulation=traced))
 
     def few(kept: Sequence[Run]) -> Accounts:
         return account(timeline(config, device, source, kept, rows), device, kept)
 
-    return few(source.runs) if whole else extended(few, source.runs)
+    accounts = few(source.runs) if whole else extended(few, source.runs)
+    return accounts if traced == passes else _repeated(accounts, passes / traced)
+
+
+def _repeated(accounts: Accounts, times: float | int) -> Accounts:
+    """The same peaks from more passes. The optimiser's share of the rest is small."""
+    return replace(
+        accounts,
+        flops=accounts.flops * times,
+        num_ops=accounts.num_ops * times,
+        allocated_bytes=accounts.allocated_bytes * times,
+    )
 
 
 def timeline(

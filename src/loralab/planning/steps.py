@@ -140,16 +140,17 @@ class PlainStep(Traceable):
 def real_step(config: RunConfig, kind: StepKind, device: torch.device) -> Step:
     """The same step in earnest, with random weights on `device`: what verifies a plan."""
     model = drawn_model(config, device)
+    rows = rows_for(config)
     keeps_cache = _keeps_cache(model) and not config.training.activation_checkpointing
     if kind == "own" or config.method.kind != "lora":
         trainable = prepare(
-            model, config.method, config.training, task=config.model.task, device=device
+            model, config.method, config.training, task=config.model.task, device=device, rows=rows
         )
         if kind == "own":
-            return repeatable_step(trainable, rows_for(config))
+            return repeatable_step(trainable, rows)
     else:
         model = _peft_model(config, model)
-    ready = _plain_step(config, model, rows_for(config), device, keeps_cache=keeps_cache)
+    ready = _plain_step(config, model, rows, device, keeps_cache=keeps_cache)
     ready.before()
     return ready.step
 

@@ -8,7 +8,6 @@ What runs at every operation is marked `no_type_check`: checks of types at run t
 do them, would take most of the time.
 """
 
-import gc
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +34,7 @@ from torch.utils.flop_counter import flop_registry
 
 from loralab.errors import LoralabError, UntraceableError
 from loralab.planning.facts import Rules
+from loralab.planning.shapes import result_of
 from loralab.planning.timeline import Block, Place, Timeline
 
 REAL_NUMBERS = 1 << 20
@@ -56,6 +56,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self, rules: Rules) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake.cache_enabled = False  # `result_of` remembers
         self._rules = rules
         self._live: dict[int, Block] = {}
         self._blocks: list[Block] = []
@@ -155,7 +156,8 @@ class Tracer(TorchDispatchMode):
             return _plausible(args[0].dtype)
         self._op = func.__name__
         on_host = kwargs.pop("pin_memory", None)  # whoever pins wants the host's memory
-        result = self._run(func, args, kwargs)
+        with torch._C.DisableTorchFunction():  # the rules' turn is over, and every `.shape` asks
+            result = self._run(func, args, kwargs)
         phase, place = self._now()
         self._note_moment(phase, place)
         for tensor in _tensors(result):
@@ -175,7 +177,7 @@ class Tracer(TorchDispatchMode):
             if not given and self._is_whole(func, kwargs):
                 return self._really(func, args, kwargs)
             if has_fake or not given:
-                return func(*args, **kwargs)
+                return result_of(func, args, kwargs, self.fake)
             # Only real tensors: known from the batch. Run for the size first, then in earnest.
             if all(t.numel() <= REAL_NUMBERS for t in given) and not _is_random(func):
                 result = self._really(func, args, kwargs)
@@ -326,7 +328,7 @@ def trace(
 
     Raises `UntraceableError` that names the operator where the step cannot be traced.
     """
-    with tracer.world(places), _collector_paused():
+    with tracer.world(places):
         try:
             before()
             tracer.begin()
@@ -337,18 +339,6 @@ def trace(
             why = f"was the last operator before {type(error).__name__}: {error}"
             raise untraceable(tracer.last_operator, why) from error
     return tracer.timeline()
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Fake tensors make many small objects: the collector would take a fifth of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _parameters(optimiser: torch.optim.Optimizer) -> Iterator[Tensor]:
