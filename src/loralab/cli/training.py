@@ -1,6 +1,7 @@
 """train, evaluate, generate, compare: models and what they do."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from loralab.cli.common import (
     recipe_and_overrides,
     settings_of,
 )
+
+if TYPE_CHECKING:
+    from loralab.console import Console
 
 
 @app.command(epilog=RECIPE_HELP)
@@ -65,25 +69,83 @@ def train(
     default="test",
     show_default=True,
 )
+@click.option("--forgetting", help="Text the base should keep: a text file, rows, a data set.")
+@click.option(
+    "--budget",
+    type=float,
+    default=0.02,
+    show_default=True,
+    help="With --forgetting: nats a token that may be forgotten.",
+)
+@click.option("--base", help="With --forgetting: the base of an adapter that is no run.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="With --forgetting: a new folder for the chosen adapter and the report.",
+)
 @common
-def evaluate(run: Path, data: str | None, split: str, as_json: bool, quiet: bool) -> None:
+def evaluate(
+    run: Path,
+    data: str | None,
+    split: str,
+    forgetting: str | None,
+    budget: float,
+    base: str | None,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Score a finished run on held-out rows, with 95 % intervals.
+
+    With --forgetting: what the adapter costs its base in log-likelihood of other text, and the
+    weaker form of it (scaled, or its singular values capped) that stays within --budget.
 
     \b
     Examples:
       loralab evaluate runs/rank-8
       loralab evaluate runs/rank-8 --data tweets
       loralab evaluate runs/rank-8 --data mine.csv
+      loralab evaluate runs/chat --forgetting general.txt --output milder
     """
+    console = console_for(as_json, quiet)
+    if forgetting is not None:
+        _evaluate_forgetting(run, forgetting, data, base, budget, output, console)
+        return
+    if base is not None or output is not None:
+        raise click.UsageError("--base and --output go with --forgetting")
     from loralab.runs.evaluate import evaluate as evaluate_run
     from loralab.runs.tables import evaluation_table
 
-    console = console_for(as_json, quiet)
     result = evaluate_run(run, data=data, split=split, listen=console.listen)
     if as_json:
         console.data(result)
     else:
         console.table(*evaluation_table(result))
+
+
+def _evaluate_forgetting(
+    source: Path,
+    keep: str,
+    data: str | None,
+    base: str | None,
+    budget: float,
+    output: Path | None,
+    console: "Console",
+) -> None:
+    from loralab.runs.forgetting import forgetting
+    from loralab.runs.tables import forgetting_table
+
+    document = forgetting(
+        source, keep, data=data, base=base, budget=budget, output=output, listen=console.listen
+    )
+    if console.as_json:
+        console.data(document)
+        return
+    console.table(*forgetting_table(document))
+    console.text(f"\n{document['verdict']}")
+    for key in ("adapter", "report"):
+        if key in document:
+            console.text(document[key])
 
 
 @app.command()

@@ -2,6 +2,13 @@
 
 from loralab.evidence.comparison import build_comparison
 from loralab.evidence.contest import Contest, Pair, hold_contest
+from loralab.evidence.forgetting import (
+    Dial,
+    DialPoint,
+    forgetting_curve,
+    forgetting_verdict,
+    gain_and_loss,
+)
 from loralab.evidence.losing import RowScores, holds, last_holding, loss_of, losses
 from loralab.evidence.rank_curve import (
     Candidate,
@@ -16,6 +23,8 @@ from loralab.evidence.results import MethodResult, RatePoint, SeedPredictions, T
 __all__ = [
     "Candidate",
     "Contest",
+    "Dial",
+    "DialPoint",
     "MethodResult",
     "Pair",
     "RatePoint",
@@ -26,6 +35,9 @@ __all__ = [
     "build_comparison",
     "chosen_index",
     "confirmation",
+    "forgetting_curve",
+    "forgetting_verdict",
+    "gain_and_loss",
     "hold_contest",
     "holds",
     "last_holding",

@@ -33,10 +33,13 @@ class RowScores:
         return {"nll": float(self.nll.mean()), "accuracy": float(self.correct.mean())}
 
 
-def loss_of(reference: Rows, candidate: Rows, groups: Groups = None) -> dict[str, float | None]:
+def loss_of(
+    reference: Rows, candidate: Rows, groups: Groups = None, *, confidence: float = CONFIDENCE
+) -> dict[str, float | None]:
     """How much more `candidate` scores than `reference`, paired by row.
 
-    Returns mean, the 95 % interval low to high, and `upper`, the one-sided 95 % bound. t intervals
+    Returns mean, the 95 % interval low to high, and `upper`, the one-sided bound of `confidence`
+    (a caller that tests two sequences gives each half of the error). t intervals
     with the documents in `groups` as clusters (CR2, `docs/statistics.md`). Rows whose score is not
     finite make the mean and all bounds None: nothing can be said of such a candidate.
     """
@@ -45,7 +48,7 @@ def loss_of(reference: Rows, candidate: Rows, groups: Groups = None) -> dict[str
         return dict.fromkeys(("mean", "low", "high", "upper"))
     estimate = _estimate(difference, groups)
     low, high = estimate.interval()
-    reach = float(special.stdtrit(estimate.degrees_of_freedom, CONFIDENCE))
+    reach = float(special.stdtrit(estimate.degrees_of_freedom, confidence))
     upper = estimate.value + reach * estimate.standard_error
     bounds = {"mean": estimate.value, "low": low, "high": high, "upper": upper}
     return {name: float(value) if np.isfinite(value) else None for name, value in bounds.items()}

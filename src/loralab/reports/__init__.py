@@ -11,6 +11,7 @@ from typing import Any
 from loralab.reports import formats
 from loralab.reports.comparison import comparison_page
 from loralab.reports.explain import write_explanation
+from loralab.reports.forgetting import forgetting_page
 from loralab.reports.page import write_page
 from loralab.reports.plan import plan_page
 from loralab.reports.rank import rank_page
@@ -21,6 +22,7 @@ __all__ = [
     "formats",
     "write_comparison_report",
     "write_explanation",
+    "write_forgetting_report",
     "write_plan_report",
     "write_rank_report",
     "write_run_report",
@@ -87,3 +89,11 @@ def write_rank_report(document: Mapping[str, Any], path: str | Path) -> None:
     Raises `OutputError` where the file cannot be written.
     """
     write_page(rank_page(document), path)
+
+
+def write_forgetting_report(document: Mapping[str, Any], path: str | Path) -> None:
+    """Write the page of what `loralab evaluate --forgetting --json` prints to `path`.
+
+    Raises `OutputError` where the file cannot be written.
+    """
+    write_page(forgetting_page(document), path)

@@ -31,7 +31,7 @@ _SHAPE_PATHS = {
     "diamond": "M6 .8 11.2 6 6 11.2 .8 6Z",
     "cross": "M4.4 1h3.2v3.4H11v3.2H7.6V11H4.4V7.6H1V4.4h3.4Z",
 }
-_INK, _RULE = "#3d4650", "#dfe3e8"
+INK, _RULE = "#3d4650", "#dfe3e8"
 _COST_LOG_RATIO = 5  # costs that span more than this ratio stand on a logarithmic axis
 _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 # Vega expressions that write an axis value, by what the axis measures.
@@ -96,7 +96,7 @@ def learning_rate_chart(
         {"field": "extended", "type": "nominal", "title": "grid extended by it"},
     ]
     point = {"type": "point", "shape": swatch.shape, "size": 55, "opacity": 1}
-    ring = {"shape": "circle", "size": 260, "filled": False, "stroke": _INK, "strokeWidth": 1.5}
+    ring = {"shape": "circle", "size": 260, "filled": False, "stroke": INK, "strokeWidth": 1.5}
     layers = {
         "line": (points, {"type": "line", "color": swatch.colour, "strokeWidth": 1.5}),
         "tried": (
@@ -204,7 +204,7 @@ def schedule_chart(
             "color": {
                 "field": "group",
                 "type": "nominal",
-                "scale": _by_method(styles, "colour"),
+                "scale": by_method(styles, "colour"),
                 "legend": None,
             },
             "strokeDash": {  # so that two groups with one rate are both seen
@@ -248,7 +248,7 @@ def memory_chart(
             "color": {
                 "field": "kind",
                 "type": "nominal",
-                "scale": _by_method(styles, "colour"),
+                "scale": by_method(styles, "colour"),
                 "legend": None,
             },
             "order": {"field": "order", "type": "quantitative"},
@@ -262,7 +262,7 @@ def memory_chart(
     line = {
         "name": "capacity",
         "data": {"values": [{"bytes": capacity}] if capacity else []},
-        "mark": {"type": "rule", "color": _INK, "strokeDash": [6, 4]},
+        "mark": {"type": "rule", "color": INK, "strokeDash": [6, 4]},
         "encoding": {"y": {"field": "bytes", "type": "quantitative", "title": None}},
     }
     highest = _highest_stack(rows)
@@ -315,10 +315,10 @@ def cost_chart(
     colour = {
         "field": "method",
         "type": "nominal",
-        "scale": _by_method(styles, "colour"),
+        "scale": by_method(styles, "colour"),
         "legend": None,
     }
-    shape = {**colour, "scale": _by_method(styles, "shape")}
+    shape = {**colour, "scale": by_method(styles, "shape")}
     tooltip = [
         {"field": "method", "type": "nominal", "title": "method"},
         {"field": "cost_text", "type": "nominal", "title": cost_title},
@@ -373,7 +373,7 @@ def _scale(domain: Sequence[float]) -> Spec:
     return {"type": "linear", "domain": [low, high], "nice": False, "zero": False}
 
 
-def _by_method(styles: Sequence[Swatch], part: str) -> Spec:
+def by_method(styles: Sequence[Swatch], part: str) -> Spec:
     return {
         "domain": [style.label for style in styles],
         "range": [getattr(style, part) for style in styles],
@@ -405,10 +405,10 @@ _CONFIG: Spec = {
         "tickColor": _RULE,
         "tickSize": 4,
         "gridColor": _RULE,
-        "labelColor": _INK,
+        "labelColor": INK,
         "labelFontSize": 11,
         "labelPadding": 5,
-        "titleColor": _INK,
+        "titleColor": INK,
         "titleFontSize": 11,
         "titleFontWeight": "normal",
         "titlePadding": 8,

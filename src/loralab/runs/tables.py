@@ -314,3 +314,19 @@ def trained_table(document: dict[str, Any]) -> Table:
             )
         )
     return columns, rows
+
+
+def forgetting_table(document: dict[str, Any]) -> Table:
+    """One row a setting of either dial: what it gains and what it forgets."""
+    columns = ("dial", "setting", "gain (95 %)", "forgotten, nats a token (95 %)", "at most", "")
+    return columns, [
+        (
+            point["dial"],
+            f"{point['value']:g}",
+            _interval(point["gain"]),
+            _interval(point["forgotten"]),
+            formats.number(point["forgotten"]["upper"], 4),
+            "chosen" if point["chosen"] else "" if point["holds"] else "over the budget",
+        )
+        for point in document["points"]
+    ]
