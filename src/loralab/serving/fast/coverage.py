@@ -2,12 +2,12 @@
 
 import operator
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loralab.adapters import adapted_modules, member_of
+from loralab.adapters import Pair, adapted_modules
 from loralab.serving.fast.decoder import Decoder
 
 
@@ -53,14 +53,17 @@ class Sites:
         for path, module, items in hosts:
             if name not in items:
                 continue
-            place = self._places.get(module)
-            member = member_of(module, ((name, 1.0),)) if place is not None else None
-            if place is None or member is None or not member.uses:
+            place, item = self._places.get(module), items[name]
+            if place is None or not _is_plain(item):
                 return f"what it changes at {path!r} is more than a pair on a block's projection"
-            (used,) = member.uses
-            A, B = used.pair.factors()
-            table[place[0]][place[1]] = Factors(A.detach(), B.detach(), used.scale)
+            A, B = item.factors()
+            table[place[0]][place[1]] = Factors(A.detach(), B.detach(), item.scale)
         return table
+
+
+def _is_plain(item: Any) -> TypeGuard[Pair]:
+    """Whether the item adds `scale * B (A x)` and nothing else."""
+    return isinstance(item, Pair) and item.magnitude is None and item.bias is None
 
 
 class Version:

@@ -6,8 +6,8 @@ kernel's layout, so that it comes and goes without touching another.
 
 import ctypes
 import sys
-from collections.abc import Sequence
-from ctypes import POINTER, c_double, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,68 +16,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loralab.serving.fast.batch import Batch
-from loralab.serving.fast.coverage import Factors, Table
+from loralab.serving.fast.coverage import Table
 from loralab.serving.fast.decoder import Decoder
+from loralab.serving.fast.packing import Packed, pack
 from loralab.serving.fast.steps import Cache
+from loralab.serving.fast.structures import Block, Group, Model, Step, check_sizes
 
-_NUM_PROJECTIONS = 7
 _INPUT_MULTIPLE = 32  # numbers of half precision in 64 bytes
 _MOST_BLOCKS = 300
+_MOST_SPARE = 2  # adapters' memory kept for those that come next
 _REFERENCES_OF_POOL = 2  # the list and the argument of `getrefcount`
-_RANK_MULTIPLE, _TILE = 4, 32
 _SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
-class _Block(ctypes.Structure):
-    _fields_ = (
-        ("weights", c_void_p * _NUM_PROJECTIONS),
-        ("biases", c_void_p * _NUM_PROJECTIONS),
-        ("gains", c_void_p * 2),
-        ("epsilons", c_double * 2),
-    )
-
-
-class _Model(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in (
-            "num_blocks", "width", "num_heads", "num_kv_heads", "head_size", "mlp_width", "vocab",
-            "num_slots", "max_tokens", "activation",
-        )),
-        ("blocks", POINTER(_Block)),
-        ("final_gain", c_void_p),
-        ("final_epsilon", c_double),
-        *((name, c_void_p) for name in ("output", "output_bias", "cos", "sin", "keys", "values")),
-    )  # fmt: skip
-
-
-class _Group(ctypes.Structure):
-    _fields_ = (("pairs", c_void_p), ("begin", c_int64), ("end", c_int64))
-
-
-class _Pair(ctypes.Structure):
-    _fields_ = (("A", c_void_p), ("B", c_void_p), ("rank", c_int64), ("scale", c_double))
-
-
-class _Packing(ctypes.Structure):
-    _fields_ = (
-        ("A", c_void_p),
-        ("B", c_void_p),
-        *((name, c_int64) for name in ("rank", "inputs", "outputs")),
-        ("to_A", c_void_p),
-        ("to_B", c_void_p),
-    )
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in (
-            "num_tokens", "num_wanted", "num_groups", "num_entries", "most_rank",
-        )),
-        *((name, c_void_p) for name in (
-            "positions", "slots", "wanted", "groups", "entry_tokens", "entry_weights", "x",
-            "logits",
-        )),
-    )  # fmt: skip
 
 
 def kernel_limits(decoder: Decoder) -> str | None:
@@ -94,13 +43,6 @@ def kernel_limits(decoder: Decoder) -> str | None:
     if not all(weight.is_contiguous() for weight in (*weights, decoder.output.weight)):
         return "its weights are not stored row by row"
     return None
-
-
-class _Packed:
-    """An adapter in the kernel's layout. bytes: all of its factors."""
-
-    def __init__(self, pairs: "ctypes.Array[_Pair]", memory: Tensor, most_rank: int) -> None:
-        self.pairs, self.memory, self.most_rank = pairs, memory, most_rank
 
 
 class _Pool:
@@ -138,17 +80,32 @@ class KernelStep:
         self._run.argtypes = (c_void_p, c_void_p, ctypes.c_int)
         self._pack.argtypes = (c_void_p, c_int64, ctypes.c_int)
         self._run.restype = self._pack.restype = None
-        _check_sizes(library)
+        check_sizes(library)
         self.decoder = decoder
         self.cache = Cache(decoder, num_slots, max_tokens)
-        self._adapters: dict[str, _Packed] = {}
+        self._adapters: dict[str, Packed] = {}
+        self._spare: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._pool = _Pool()
+        self._places: list[int] = []
+        self._sources: list[tuple[dict[str, Any], str]] = [
+            (cast(Any, module)._parameters, name)
+            for module in (
+                decoder.output,
+                *(p.module for b in decoder.blocks for p in b.projections),
+            )
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
         self.base_changed()
 
     def base_changed(self) -> None:
-        """Reads anew where the base's weights are."""
+        """Reads anew where the base's weights are, if they moved."""
         decoder, kept = self.decoder, []
+        places = [p[name].data_ptr() for p, name in self._sources]
+        if places == self._places:
+            return
+        self._places = places
 
         def place(tensor: Tensor | None) -> int | None:
             if tensor is None:
@@ -156,7 +113,7 @@ class KernelStep:
             kept.append(tensor.contiguous())
             return kept[-1].data_ptr()
 
-        self._blocks = (_Block * len(decoder.blocks))()
+        self._blocks = (Block * len(decoder.blocks))()
         for block, made in zip(decoder.blocks, self._blocks, strict=True):
             made.weights[:] = [place(each.weight) for each in block.projections]
             made.biases[:] = [place(each.bias) for each in block.projections]
@@ -165,7 +122,7 @@ class KernelStep:
             made.epsilons[:] = [norm.epsilon for norm in norms]
         first = decoder.blocks[0].projections
         keys = self.cache.keys
-        self._model = _Model(
+        self._model = Model(
             num_blocks=len(decoder.blocks),
             width=first[0].weight.shape[1],
             num_heads=decoder.num_heads,
@@ -194,42 +151,22 @@ class KernelStep:
 
     def put(self, name: str, table: Table) -> None:
         """Copies an adapter's factors into the kernel's layout."""
-        flat = [each for block in table for each in block]
-        bytes_each = self.decoder.dtype.itemsize
-        ranks = [
-            0 if f is None else -(-f.A.shape[0] // _RANK_MULTIPLE) * _RANK_MULTIPLE for f in flat
-        ]
-        sizes = [
-            (0, 0)
-            if f is None
-            else (
-                _aligned(rank * f.A.shape[1] * bytes_each),
-                _aligned(rank * _tiled(f.B.shape[0]) * bytes_each),
-            )
-            for f, rank in zip(flat, ranks, strict=True)
-        ]
-        memory = torch.empty(sum(map(sum, sizes)) + 64, dtype=torch.uint8)
-        at = _aligned(memory.data_ptr())
-        pairs = (_Pair * len(flat))()
-        jobs, kept = [], []
-        for pair, factors, rank, (bytes_A, bytes_B) in zip(pairs, flat, ranks, sizes, strict=True):
-            if factors is None:
-                continue
-            pair.A, pair.B, pair.rank, pair.scale = at, at + bytes_A, rank, factors.scale
-            jobs.append(_packing(factors, at, at + bytes_A, kept))
-            at += bytes_A + bytes_B
-        self._pack((_Packing * len(jobs))(*jobs), len(jobs), torch.get_num_threads())
-        self._adapters[name] = _Packed(pairs, memory, max(ranks, default=0))
+        spare = self._spare.pop() if self._spare else None
+        copies, packed = pack(table, self.decoder.dtype, spare)
+        self._pack(copies.jobs, len(copies.jobs), torch.get_num_threads())
+        self._adapters[name] = packed
 
     def remove(self, name: str) -> None:
-        """Lets an adapter go."""
-        self._adapters.pop(name, None)
+        """Lets an adapter go; its memory serves the next one."""
+        packed = self._adapters.pop(name, None)
+        if packed is not None and len(self._spare) < _MOST_SPARE:
+            self._spare.append(packed.memory)
 
     @torch.no_grad()
     def run(self, batch: Batch) -> Float[Tensor, "wanted vocab"]:
         """fp32 logits after the wanted tokens; the cache holds all tokens afterwards."""
         used = [self._adapters[group.adapter] for group in batch.groups]
-        groups, entries, at = (_Group * len(used))(), [], 0
+        groups, entries, at = (Group * len(used))(), [], 0
         for made, group, packed in zip(groups, batch.groups, used, strict=True):
             made.pairs = ctypes.addressof(packed.pairs)
             made.begin, made.end = at, at + len(group.tokens)
@@ -243,7 +180,7 @@ class KernelStep:
         x = F.embedding(torch.tensor(batch.ids), self.decoder.embedding.weight).float()
         logits = self._pool.take(num_wanted, self._model.vocab)
         first = numbers.data_ptr()
-        step = _Step(
+        step = Step(
             num_tokens=num_tokens,
             num_wanted=num_wanted,
             num_groups=len(used),
@@ -260,26 +197,3 @@ class KernelStep:
         )
         self._run(ctypes.byref(self._model), ctypes.byref(step), torch.get_num_threads())
         return logits
-
-
-def _packing(factors: Factors, to_A: int, to_B: int, kept: list[Tensor]) -> _Packing:
-    A, B = (factor.float().contiguous() for factor in factors[:2])
-    kept.extend((A, B))
-    (rank, inputs), outputs = A.shape, B.shape[0]
-    return _Packing(A.data_ptr(), B.data_ptr(), rank, inputs, outputs, to_A, to_B)
-
-
-def _aligned(number: int) -> int:
-    return (number + 63) // 64 * 64
-
-
-def _tiled(outputs: int) -> int:
-    return -(-outputs // _TILE) * _TILE
-
-
-def _check_sizes(library: ctypes.CDLL) -> None:
-    library.loralab_sizes.restype = c_int64
-    sizes: Sequence[int] = [ctypes.sizeof(kind) for kind in (_Model, _Block, _Step, _Group)]
-    meant = sum(size * 1000**power for power, size in enumerate(sizes))
-    if library.loralab_sizes() != meant:
-        raise RuntimeError("the kernel's structures and those of kernel_step.py differ")

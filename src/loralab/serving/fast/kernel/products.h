@@ -212,17 +212,23 @@ struct Packing {
 template <class T>
 void pack(const Packing& job) {
   constexpr int PER = Pack<T>::PER_LANE;
-  const int64_t rank = padded(job.rank, 4);
+  const int64_t rank = padded(job.rank, 4), tile = rank * COLUMNS;
   T* A = static_cast<T*>(job.to_A);
   for (int64_t i = 0; i < job.rank * job.in; i += LANES)
     store_floats(A + i, load_floats(job.A + i));
   std::fill(A + job.rank * job.in, A + rank * job.in, T{});
   T* B = static_cast<T*>(job.to_B);
-  for (int64_t n = 0; n < padded(job.out, COLUMNS); ++n) {
-    T* tile = B + n / COLUMNS * rank * COLUMNS + n % COLUMNS * PER;
-    for (int64_t r = 0; r < rank; ++r) {
-      float value = n < job.out && r < job.rank ? job.B[n * job.rank + r] : 0.0f;
-      tile[r / PER * COLUMNS * PER + r % PER] = from_float<T>(value);
+  std::fill(B, B + padded(job.out, COLUMNS) * rank, T{});
+  for (int64_t n = 0; n < job.out; ++n) {
+    T* to = B + n / COLUMNS * tile + n % COLUMNS * PER;
+    for (int64_t r = 0; r < job.rank; r += LANES) {
+      const int64_t count = std::min<int64_t>(LANES, job.rank - r);
+      float some[LANES] = {};
+      T as_T[LANES];
+      std::memcpy(some, job.B + n * job.rank + r, count * sizeof(float));
+      store_floats(as_T, load_floats(some));
+      for (int64_t i = 0; i < count; i += PER)
+        std::memcpy(to + (r + i) * COLUMNS, as_T + i, PER * sizeof(T));
     }
   }
 }
