@@ -15,7 +15,7 @@ from loralab.adapters.extracting import (
 )
 from loralab.adapters.fingerprint import fingerprint, is_from_base
 from loralab.adapters.fitting import misfits
-from loralab.adapters.hosting import adapted_modules
+from loralab.adapters.hosting import Pair, adapted_modules
 from loralab.adapters.in_place import merge_in_place, restore
 from loralab.adapters.members import Member, base_member, member_in_force, member_of, share
 from loralab.adapters.merge import merge, save_merged
@@ -50,6 +50,7 @@ __all__ = [
     "LoRAConfig",
     "Member",
     "MergeCertificate",
+    "Pair",
     "Probe",
     "SharedInput",
     "Tree",
