@@ -86,8 +86,9 @@ class TestVerdicts:
         expected = {"echo": "(echo)", "prompt_logprobs": "(prompt_logprobs)", "texts": "greedy"}
         assert expected.get(can, "(logprobs)") in found["checked"]
 
-    @pytest.mark.parametrize("can", ["echo", "logprobs"])
-    @pytest.mark.parametrize("factor", [0.25, 0.4, 1.5, 2.0])
+    @pytest.mark.parametrize(
+        ("can", "factor"), [("echo", 0.4), ("echo", 1.5), ("logprobs", 0.25), ("logprobs", 2.0)]
+    )
     def test_a_wrong_scale_is_measured(
         self, can: str, factor: float, serve: Any, says: Any, words: Any, file: Path
     ) -> None:

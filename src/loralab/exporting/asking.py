@@ -104,7 +104,7 @@ def _ask_all(
         if told is None:
             return None, answer
         found.append(told)
-    return found, answer
+    return (found if any(found) else None), answer
 
 
 def _complete(
@@ -151,11 +151,12 @@ def _next(server: Server, model: str, probe: ServerProbe) -> tuple[Any, Answer]:
     texts = [text for _, text in probe.choices]
     by_text = {text: place for place, text in enumerate(texts) if _is_one(text, texts)}
     found: dict[int, float] = {}
-    for number, text, value in _likeliest(choice.get("logprobs")):
+    rows = _likeliest(choice.get("logprobs"))
+    for number, text, value in rows:
         place = by_number.get(number) if number is not None else by_text.get(text)
         if place is not None and _is_number(value):
             found[place] = float(value)
-    return found or None, answer
+    return (found if rows else None), answer  # none of ours among the likeliest: says nothing
 
 
 def _is_one(text: str, texts: list[str]) -> bool:

@@ -19,7 +19,7 @@ FACTORS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 MAX_TEXTS = 16
 USUAL_TEXTS = 8
 MAX_TOKENS = 64
-NUM_NEXT = 10  # tokens that may come next, of the base and of the adapted model each
+NUM_NEXT = 5  # likeliest next tokens of every variant: as many as a server tells
 CONTINUED_TOKENS = 8
 
 TEXTS = (
@@ -185,7 +185,7 @@ def _probe(
         for variant, rows in chances.items()
     }
     num_next = min(NUM_NEXT, chances[BASE].shape[-1])
-    likely = [chances[variant][-1].topk(num_next).indices for variant in (ADAPTER, BASE)]
+    likely = [rows[-1].topk(num_next).indices for rows in chances.values()]
     choices = torch.unique(torch.cat(likely))
     named = tuple((int(number), _decoded(tokenizer, [int(number)])) for number in choices)
     then = {variant: tuple(rows[-1, choices].tolist()) for variant, rows in chances.items()}

@@ -22,6 +22,7 @@ UNEXPLAINED = 0.35  # of the effect: more than that off the curve is something e
 FACTOR_TOLERANCE = 0.2  # of the scale, within which it is the right one
 NOTHING = 0.1  # of the scale, up to which nothing was applied
 UNCERTAIN = 0.15  # of the scale: a larger standard error decides nothing
+LEAST_ANSWERS = 6  # fewer can be explained by more than one scale
 OTHER_BASE_NATS = 1.0  # a token: a base this far from the exported one is another model
 
 
@@ -81,6 +82,8 @@ def judge(
 
     if fit.effect == 0:
         return verdict("undecided", "the adapter changes nothing on these probes")
+    if len(found) < LEAST_ANSWERS:
+        return verdict("undecided", f"the server gave {len(found)} answers, which is too few")
     if base is not None and _rms(found - base) < NOTHING * fit.effect:
         return verdict("not applied", "the answers are those of the server's own base")
     if base_nats is not None and base_nats > OTHER_BASE_NATS:
