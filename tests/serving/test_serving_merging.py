@@ -9,7 +9,7 @@ from serving_models import PeftOracle, answer, ask, byte_tokenizer, finish, peft
 
 import loralab
 from loralab.serving.engine import Engine
-from loralab.serving.merged import MergedMode
+from loralab.serving.merged import MergedMode, rounding_loss
 from loralab.serving.plain_runner import PlainRunner
 from loralab.serving.policy import MergePolicy
 
@@ -159,3 +159,28 @@ def test_a_policy_that_saves_nothing_never_merges():
     policy = MergePolicy(saving=0.0, cost_seconds=0.0)
     policy.ran("hot", 1000.0)
     assert policy.wanted() is None
+
+
+def test_an_adapter_that_rounding_would_swallow_is_not_merged(caplog):
+    torch.manual_seed(0)
+    model = tiny_llama().to(torch.bfloat16)
+    for name, size in (("small", 1e-6), ("large", 0.3)):
+        loralab.attach(model, loralab.LoRAConfig(rank=2), name=name)
+        for parameter in loralab.adapters.adapter_parameters(model, name).values():
+            torch.nn.init.normal_(parameter, std=size**0.5)
+    assert rounding_loss(model, "small") > 0.5
+    assert rounding_loss(model, "large") < 0.05
+    engine = engine_of(model, first="small")
+    answer(engine, "hello", "small", **FULL)
+    assert engine.stats()["switches"] == 0
+    assert "rounding would lose" in caplog.text
+
+
+def test_one_merge_in_memory_loses_what_the_certificate_says():
+    torch.manual_seed(0)
+    model = tiny_llama().to(torch.bfloat16)
+    loralab.attach(model, loralab.LoRAConfig(rank=2), name="a")
+    for parameter in loralab.adapters.adapter_parameters(model, "a").values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    _, certificate = loralab.merge(model, "a", force=True)
+    assert rounding_loss(model, "a") == pytest.approx(certificate.relative_error, rel=0.2)

@@ -131,9 +131,8 @@ class Batch:
 
     def set_apart(self) -> None:
         """The base's own weights again; those that run go on with the adapter beside them."""
-        if self.merging is not None and self.merging.name is not None:
-            self.merging.restore()
-            self._weights_changed()
+        if self.merging is not None:
+            self.merging.restore(self._weights_changed)
 
     def _plan(self) -> list[tuple[Answer, Chunk]]:
         """One token of each answer being written; of prompts as much as the budget holds."""
@@ -216,8 +215,8 @@ class Batch:
         alone = first if isinstance(first, str) and all(e == first for e in entries) else None
         if merging.name is not None and merging.name != alone:
             self.set_apart()
-        elif alone is not None and merging.wanted(alone) and merging.merge(alone):
-            self._weights_changed()
+        elif alone is not None and merging.wanted(alone):
+            merging.merge(alone, self._weights_changed)
         return alone
 
     def _weights_changed(self) -> None:
