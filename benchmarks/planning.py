@@ -1,18 +1,23 @@
 """Plans against real steps: peak memory predicted from settings, and measured with random weights.
 
-    python benchmarks/planning.py --json                     # 12 settings on the CPU
+    python benchmarks/planning.py --json                     # 16 settings on the CPU
+    python benchmarks/planning.py --times --json             # seconds a step, on one thread
     python benchmarks/planning.py --device cuda --json       # 24 settings on the GPU that is here
     python benchmarks/planning.py --device cuda --seed-cap   # foreach against fused under 22.07 GiB
+    python benchmarks/planning.py --device h100 --plans      # the same settings planned, none run
 
 Each setting runs in a fresh process. On CUDA the measure is `torch.cuda.max_memory_allocated`, on
 the CPU the allocator's own accounting.
 """
 
 import argparse
+import functools
 import json
 import platform
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -51,6 +56,68 @@ CPU_SETTINGS: list[Setting] = [
     ("gemma-3-270m", "own", at(2, 64, CAUSAL)),
 ]
 
+# Small models of families and settings that no other case has.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        "model_type": "qwen3",
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 96,
+        "vocab_size": 20_000,
+        "tie_word_embeddings": True,
+    },
+    "minilm": {
+        "model_type": "bert",
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "vocab_size": 30_522,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "hidden_size": 448,
+        "intermediate_size": 1200,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 7,
+        "vocab_size": 32_064,
+        "pad_token_id": 0,
+    },
+    "mistral": {
+        "model_type": "mistral",
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 8_000,
+        "sliding_window": 128,
+    },
+}
+
+BLIND_SETTINGS: list[Setting] = [
+    ("qwen3", "own", at(3, 300, CAUSAL, BF16, {"method.dora": True})),
+    ("phi3", "peft", at(5, 300, CHECKPOINTED)),
+    ("mistral", "own", at(2, 300, CAUSAL, CHECKPOINTED, {"method.rank": 64})),
+    ("mistral", "peft", at(6, 77, CAUSAL, {"training.accumulation": 3})),
+]
+
+THREAD = {"training.threads": 1}
+TIMED_SETTINGS: list[Setting] = [
+    ("smollm2-135m", "own", at(16, 40, THREAD)),
+    ("smollm2-135m", "own", at(16, 40, BF16, THREAD)),
+    ("smollm2-135m", "own", at(8, 40, FULL, THREAD)),
+    ("minilm", "own", at(16, 128, THREAD)),
+    ("minilm", "own", at(16, 64, FULL, THREAD)),
+    ("mistral", "own", at(4, 128, CAUSAL, THREAD)),
+    ("qwen3", "peft", at(4, 128, BF16, THREAD)),
+    ("phi3", "own", at(4, 64, FULL, CAUSAL, THREAD)),
+]
+
 GPU_SETTINGS: list[Setting] = [
     ("llama-3.2-1b", "own", at(8, 256)),
     ("llama-3.2-1b", "peft", at(4, 512)),
@@ -84,7 +151,7 @@ SEED_CAP_GIB = 22.07
 def config_of(model: str, changes: dict[str, Any]) -> RunConfig:
     """The settings of a case: LoRA of rank 16 with dropout 0.1 unless changed."""
     tables: dict[str, dict[str, Any]] = {
-        "model": {"name": model},
+        "model": {"name": _written(model) if model in FAMILIES else model},
         "data": {"name": "no rows are read"},
         "method": {"dropout": 0.1},
         "training": {},
@@ -93,6 +160,14 @@ def config_of(model: str, changes: dict[str, Any]) -> RunConfig:
         section, key = dotted.split(".")
         tables[section][key] = value
     return parse_config(tables)
+
+
+@functools.cache
+def _written(family: str) -> str:
+    """The path of a family's small configuration."""
+    path = Path(tempfile.mkdtemp(prefix="loralab-plans-")) / "config.json"
+    path.write_text(json.dumps(FAMILIES[family]), encoding="utf-8")
+    return str(path)
 
 
 def check(setting: Setting, device: str) -> dict[str, Any]:
@@ -108,6 +183,20 @@ def check(setting: Setting, device: str) -> dict[str, Any]:
         "measured_bytes": found.measured_bytes,
         "error": found.error,
         "step_seconds": found.step_seconds,
+        "predicted_seconds": found.predicted_seconds,
+    }
+
+
+def planned(setting: Setting, device: str) -> dict[str, Any]:
+    """The plan of a setting alone: that it can be traced, and what it says."""
+    model, step, changes = setting
+    made = Planner(find_device(device), step).plan(config_of(model, changes))
+    row: dict[str, Any] = {"model": model, "step": step, **changes}
+    return row | {
+        "predicted_bytes": made.peak_bytes,
+        "fits": made.fits,
+        "phase": made.phase,
+        "estimated": made.estimated or None,
     }
 
 
@@ -138,7 +227,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu or cuda; with --plans any that `loralab plan` knows"
+    )
+    parser.add_argument("--times", action="store_true", help="seconds a step, one thread")
+    parser.add_argument("--plans", action="store_true", help="plan the GPU's settings, run none")
     parser.add_argument(
         "--seed-cap", action="store_true", help="only the seed's out-of-memory check"
     )
@@ -147,11 +240,20 @@ def main() -> None:
     if chosen.seed_cap:
         print(json.dumps(seed_cap(), indent=1))
         return
+    if chosen.plans:
+        print(json.dumps([planned(each, chosen.device) for each in GPU_SETTINGS], indent=1))
+        return
+    if chosen.device not in ("cpu", "cuda"):
+        parser.error("what is run is run here: --device cpu or cuda")
+    cases = [*CPU_SETTINGS, *BLIND_SETTINGS] if chosen.device == "cpu" else GPU_SETTINGS
     rows = []
-    for setting in CPU_SETTINGS if chosen.device == "cpu" else GPU_SETTINGS:
+    for setting in TIMED_SETTINGS if chosen.times else cases:
         rows.append(check(setting, chosen.device))
         if not chosen.json:
             print(rows[-1], flush=True)
+    if chosen.times:
+        print(json.dumps(times(rows), indent=1))
+        return
     errors = [abs(row["error"]) for row in rows if "error" in row]
     document = {
         "machine": platform.processor() or platform.machine(),
@@ -163,6 +265,14 @@ def main() -> None:
         "wrong_fits": wrong_fits(chosen.device, rows),
     }
     print(json.dumps(document, indent=1))
+
+
+def times(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the estimate of a step's seconds is off by, relative to what was measured."""
+    for row in rows:
+        row["time_error"] = row["predicted_seconds"] / row["step_seconds"] - 1
+    errors = [abs(row["time_error"]) for row in rows]
+    return {"rows": rows, "worst_error": max(errors), "mean_error": mean(errors)}
 
 
 def wrong_fits(device: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,7 +19,9 @@ from loralab.errors import PlanError
 from loralab.measuring import median_step_seconds, peak_live_bytes
 from loralab.planning.devices import find_device
 from loralab.planning.plan import Planner
+from loralab.planning.speed import speed_of, step_seconds
 from loralab.planning.steps import StepKind, real_step
+from loralab.training import use_threads
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Verification:
     predicted_bytes: int
     measured_bytes: int
     step_seconds: float | int
+    predicted_seconds: float | int | None = None
 
     @property
     def error(self) -> float:
@@ -45,8 +48,15 @@ def verify(config: RunConfig, step: StepKind = "own", device: str = "auto") -> V
     """
     present = find_device(device)
     predicted = Planner(present, step).plan(config)
+    use_threads(config.training)
+    speed = speed_of(present, config.model.dtype)
     measured = _in_fresh_process(config, step, present.type)
-    return Verification(device=present.name, predicted_bytes=predicted.peak_bytes, **measured)
+    return Verification(
+        device=present.name,
+        predicted_bytes=predicted.peak_bytes,
+        predicted_seconds=None if speed is None else step_seconds(predicted.accounts, speed),
+        **measured,
+    )
 
 
 def _in_fresh_process(config: RunConfig, step: StepKind, device: str) -> dict[str, Any]:
@@ -67,6 +77,7 @@ def _in_fresh_process(config: RunConfig, step: StepKind, device: str) -> dict[st
 def measure_here(config: RunConfig, step: StepKind, device: str) -> dict[str, Any]:
     """`measured_bytes` and `step_seconds` of the step in this process."""
     place = torch.device(device)
+    use_threads(config.training)
     run = real_step(config, step, place)
     measured = peak_live_bytes(run, device=place)
     seconds = median_step_seconds(run, device=place, warmup=0, repeats=3)
