@@ -18,7 +18,8 @@ MOST_PROBES = 4  # the shortest ones: a proof must not hold up a server
 TOLERANCE = 0.1  # of the adapter's effect
 ROUNDING_NATS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}  # a probe, x sqrt(tokens)
 UNPROVED_NO_PROBES = "no probes"
-SECANT_STEPS = 4
+SECANT_STEPS = 3
+SAME_FACTOR = 0.02
 
 Ask = Callable[[Sequence[Sequence[int]], Entry], list[float]]
 """Log-likelihoods in nats of inputs along a route, as `measuring.log_likelihoods` has them."""
@@ -169,32 +170,34 @@ def _fitting_factor(
     ask: Ask, hosted: str, adapter: Adapter, probes: Sequence[Probe], answers: Answers
 ) -> tuple[float, str] | None:
     """The factor of the scale at which the answers are the trained ones, and what explains it."""
+    inputs = [probe.input_ids for probe in probes]
+    likely = _likely_factors(adapter)
+    tried = {1.0: answers}
 
-    def at(factor: float) -> Answers | None:
-        try:
-            found = ask([probe.input_ids for probe in probes], {hosted: factor})
-        except AdapterError:  # a kind of adapter that has no part of an effect
-            return None
-        return Answers(answers.base, found, answers.expected, answers.rounding)
+    def try_out(factor: float) -> None:
+        found = ask(inputs, {hosted: factor})
+        tried[factor] = Answers(answers.base, found, answers.expected, answers.rounding)
 
-    for factor, reason in _likely_factors(adapter).items():
-        tried = at(factor)
-        if tried is None:
-            return None
-        if tried.agrees:
-            return factor, reason
-    factor, here = 1.0, answers
-    for _ in range(SECANT_STEPS):  # the answers are nearly linear in the scale for small effects
-        if not 1e-3 < abs(here.share) < 1e3:
-            return None
-        factor /= here.share
-        tried = at(factor)
-        if tried is None or abs(factor) > 1e4:
-            return None
-        if tried.agrees:
-            return factor, ""
-        here = tried
-    return None
+    def nearest() -> float:
+        return min(tried, key=lambda factor: tried[factor].error)
+
+    try:
+        for factor in likely:
+            try_out(factor)
+        for _ in range(SECANT_STEPS):  # the answers are nearly linear in a small scale
+            share = tried[nearest()].share
+            if not 1e-3 < abs(share) < 1e3:
+                break
+            try_out(nearest() / share)
+    except AdapterError:  # a kind of adapter that has no part of an effect
+        return None
+    factor = nearest()
+    if not tried[factor].agrees:
+        return None
+    named = min(likely, key=lambda other: abs(other / factor - 1))
+    if abs(named / factor - 1) < SAME_FACTOR:
+        return named, likely[named]
+    return factor, ""
 
 
 def _likely_factors(adapter: Adapter) -> Mapping[float, str]:

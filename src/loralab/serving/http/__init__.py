@@ -4,7 +4,7 @@ from loralab.serving.http.app import create_app
 from loralab.serving.http.keys import ANYONE, Caller, Keys, add_key, read_keys
 from loralab.serving.http.metrics import Metrics
 from loralab.serving.http.quotas import Quota
-from loralab.serving.http.server import check_bind, is_loopback, listen, run
+from loralab.serving.http.server import check_bind, is_loopback, listen, make_server, run
 from loralab.serving.http.service import Limits, Service
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "create_app",
     "is_loopback",
     "listen",
+    "make_server",
     "read_keys",
     "run",
 ]

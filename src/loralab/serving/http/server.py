@@ -3,6 +3,7 @@
 import ipaddress
 import socket
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +24,12 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started:
             self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends politely, the second at once; neither kills the process."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
 
 
 def check_bind(host: str, keys: Keys) -> None:
@@ -63,8 +70,8 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(app: FastAPI, made: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Serves until SIGTERM or Ctrl-C: no new requests then, and answers are written to their end.
+def make_server(app: FastAPI, on_ready: Callable[[], None]) -> uvicorn.Server:
+    """A server that, on SIGTERM or Ctrl-C, takes no new requests and writes answers to their end.
 
     A second signal, or `SHUTDOWN_SECONDS`, ends them at once.
     """
@@ -76,4 +83,9 @@ def run(app: FastAPI, made: socket.socket, on_ready: Callable[[], None]) -> None
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
-    _Server(config, on_ready).run(sockets=[made])
+    return _Server(config, on_ready)
+
+
+def run(app: FastAPI, made: socket.socket, on_ready: Callable[[], None]) -> None:
+    """Serves on a listening socket until it is told to stop."""
+    make_server(app, on_ready).run(sockets=[made])
