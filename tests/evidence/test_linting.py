@@ -91,6 +91,7 @@ CASES: dict[str, Any] = {
     "dropout-in-one-arm": lambda t: arm(t, 1, adapter_dropout=0.1),
     "data-order-differs": lambda t: arm(t, 1, data_order="other"),
     "steps-differ": lambda t: arm(t, 1, steps=300),
+    "batch-differs": lambda t: arm(t, 1, batch_size=2),
     "layer-count": lambda t: t.update(stated_layers=22),
     "selected-on-test": lambda t: t.update(selected_on="test"),
     "predictions-not-saved": lambda t: t.update(predictions_saved=False),
@@ -139,9 +140,40 @@ def test_rank_and_scale_are_told_apart() -> None:
     assert two(scaling="alpha/sqrt(rank)", alpha=32.0) == {"rank-and-scale-changed"}
 
 
+def test_two_rates_are_too_few_and_have_their_best_at_an_edge() -> None:
+    tables = described("clean-two-arms")
+    arm(tables, 1, rates_tried=[1e-4, 3e-4])
+    assert found(tables) == {"few-rates", "rate-at-edge"}
+    arm(tables, 1, rates_tried=[1e-4, 3e-4, 1e-3])
+    assert found(tables) == set()
+
+
+def test_one_clipping_norm_is_told_only_where_no_rate_was_swept_under_it() -> None:
+    tables = described("clean-two-arms")
+    for index in (0, 1):
+        arm(tables, index, rates_tried=None)
+    assert "clip-norm-over-sizes" in found(tables)
+    arm(tables, 1, max_grad_norm=0.1)
+    assert "clip-norm-over-sizes" not in found(tables)
+
+
+def test_regularisation_is_shown_only_by_an_arm_that_overfits() -> None:
+    tables = described("clean-two-arms")
+    tables["claims"].append({"kind": "regularisation", "text": "dropout prevents overfitting"})
+    assert found(tables) == set()  # training below validation: there is something to prevent
+    for index in (0, 1):
+        arm(tables, index, loss=0.3, validation_loss=0.2)
+    assert "regularisation-unshown" in found(tables)
+
+
 def test_every_rule_has_a_case() -> None:
-    others = {"rank-and-scale-changed", "few-rates", "batch-differs", "clip-norm-over-sizes"}
-    assert set(RULES) == set(CASES) | others | {"regularisation-unshown"}
+    others = {
+        "rank-and-scale-changed",
+        "few-rates",
+        "clip-norm-over-sizes",
+        "regularisation-unshown",
+    }
+    assert set(RULES) == set(CASES) | others
 
 
 def test_faults_of_a_description_come_all_at_once() -> None:

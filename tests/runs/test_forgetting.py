@@ -9,10 +9,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loralab.adapters import read_adapter
+from loralab.adapters import read_adapter, targets
 from loralab.cli import main
 from loralab.config import RunConfig, parse_config
 from loralab.errors import LoralabError
+from loralab.models import load_model
+from loralab.runs.advice import advice
 from loralab.runs.forgetting import forgetting
 from loralab.runs.train import train
 
@@ -160,3 +162,29 @@ def test_an_encoder_has_no_text_to_forget(
     run = train(encoder, tmp_path / "encoder", splits=())
     with pytest.raises(LoralabError, match="no language model"):
         forgetting(run.folder, str(folder / "general.txt"))
+
+
+def test_advice_counts_the_bits_of_completions_by_the_bases_own_loss(folder: Path) -> None:
+    found = advice(settings(folder, "causal").replace(data__train_rows=40))
+    assert found["rows"] == 40 and found["bits"]["low"] == found["bits"]["high"]  # all were read
+    tokens = 3 * 40  # w0 w1 <end>
+    assert 0.5 * tokens < found["bits"]["mean"] < 15 * tokens
+    model = load_model(str(folder / "m"), task="causal")
+    tree = targets(model, rank=8)
+    row = next(row for row in found["ranks"] if row["rank"] == 8)
+    assert row["all-linear"]["parameters"] == tree.all_linear_parameters
+    attention = sum(c.cost for c in tree if c.name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    assert row["attention"]["parameters"] == 8 * attention
+
+
+def test_advice_of_a_classifier_counts_its_labels(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(settings(folder, "classification").to_toml())
+    assert main(["rank", str(recipe), "method.targets=['q_proj']", "--advice", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0.9 * found["rows"] < found["bits"]["mean"] <= found["rows"]
+    assert found["smallest"]["the recipe's targets"]["rank"] >= 1
+    assert main(["rank", str(recipe), "--advice"]) == 0
+    assert "rule of thumb" in capsys.readouterr().out

@@ -1,12 +1,15 @@
 """rank: how much of an adapter is enough."""
 
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import click
 
 from loralab.cli.common import RECIPE_HELP, app, common, console_for
 from loralab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from loralab.console import Console
 
 Number = TypeVar("Number", int, float)
 
@@ -41,6 +44,7 @@ Number = TypeVar("Number", int, float)
 @click.option("--rates", help="Learning rates to choose from for a recipe, such as 3e-4,1e-3.")
 @click.option("--trained", help="Train at these ranks too and compare, such as 8,16,32,64.")
 @click.option("--refine", type=click.IntRange(min=0), default=0, help="Steps of refining after.")
+@click.option("--advice", is_flag=True, help="Of a recipe: bits in the data; trains nothing.")
 @click.option("--output", type=click.Path(path_type=Path), help="A new folder for the results.")
 @common
 def rank(
@@ -55,6 +59,7 @@ def rank(
     rates: str | None,
     trained: str | None,
     refine: int,
+    advice: bool,
     output: Path | None,
     as_json: bool,
     quiet: bool,
@@ -69,9 +74,13 @@ def rank(
     Examples:
       loralab rank runs/rank-64 --output smaller
       loralab rank my-adapter --base smollm2 --data held-out.csv --tolerance 0.02
+      loralab rank demo --advice
       loralab rank demo --high 32 --rates 3e-4,1e-3,3e-3 --trained 8,16 --output runs/rank
     """
     console = console_for(as_json, quiet)
+    if advice:
+        _advise(source, overrides, console)
+        return
     tried = _numbers(ranks, "--ranks", int)
 
     from loralab.runs.rank import RANKS, rank as choose_rank
@@ -103,6 +112,20 @@ def rank(
     for key in ("adapter", "report"):
         if key in document:
             console.text(document[key])
+
+
+def _advise(recipe: str, overrides: tuple[str, ...], console: "Console") -> None:
+    from loralab.config import load_config
+    from loralab.runs.advice import advice
+    from loralab.runs.tables import capacity_table
+
+    document = advice(load_config(recipe, overrides), listen=console.listen)
+    if console.as_json:
+        console.data(document)
+        return
+    console.table(*capacity_table(document))
+    console.text("")
+    console.text("\n".join(document["sentences"]))
 
 
 def _numbers(text: str | None, option: str, kind: type[Number]) -> list[Number]:

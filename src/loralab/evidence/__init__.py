@@ -1,5 +1,6 @@
 """Seeds' predictions -> differences with intervals, a winner if there is one, a verdict."""
 
+from loralab.evidence.capacity import capacity, capacity_sentences, label_bits
 from loralab.evidence.comparison import build_comparison
 from loralab.evidence.contest import Contest, Pair, hold_contest
 from loralab.evidence.forgetting import (
@@ -33,6 +34,8 @@ __all__ = [
     "SeedPredictions",
     "TestSet",
     "build_comparison",
+    "capacity",
+    "capacity_sentences",
     "chosen_index",
     "confirmation",
     "forgetting_curve",
@@ -40,6 +43,7 @@ __all__ = [
     "gain_and_loss",
     "hold_contest",
     "holds",
+    "label_bits",
     "last_holding",
     "loss_of",
     "losses",

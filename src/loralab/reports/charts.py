@@ -374,6 +374,7 @@ def _scale(domain: Sequence[float]) -> Spec:
 
 
 def by_method(styles: Sequence[Swatch], part: str) -> Spec:
+    """The scale that gives each label its colour or shape (`part`)."""
     return {
         "domain": [style.label for style in styles],
         "range": [getattr(style, part) for style in styles],

@@ -330,3 +330,17 @@ def forgetting_table(document: dict[str, Any]) -> Table:
         )
         for point in document["points"]
     ]
+
+
+def capacity_table(document: dict[str, Any]) -> Table:
+    """One row a rank: numbers, and whether they could hold the data's bits, by targets."""
+    choices = list(document["smallest"])
+    columns = ("rank", *(name for choice in choices for name in (choice, "holds all bits")))
+    rows = []
+    for row in document["ranks"]:
+        cells = [str(row["rank"])]
+        for choice in choices:
+            cells += [formats.count(row[choice]["parameters"])]
+            cells += ["yes" if row[choice]["enough"] else "no"]
+        rows.append(tuple(cells))
+    return columns, rows
