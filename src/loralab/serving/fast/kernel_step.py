@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -177,7 +176,7 @@ class KernelStep:
         )
         num_tokens, num_wanted = len(batch.ids), len(batch.wanted)
         weights = torch.tensor([w for group in batch.groups for w in group.weights])
-        x = F.embedding(torch.tensor(batch.ids), self.decoder.embedding.weight).float()
+        x = self.decoder.embedding(torch.tensor(batch.ids)).float()
         logits = self._pool.take(num_wanted, self._model.vocab)
         first = numbers.data_ptr()
         step = Step(

@@ -97,7 +97,7 @@ class TorchStep:
         )
         angles = decoder.cos[positions][:, None], decoder.sin[positions][:, None]
         taken = [_Taken(group, decoder) for group in batch.groups]
-        x = F.embedding(ids, decoder.embedding.weight)
+        x = decoder.embedding(ids)
         for number, block in enumerate(decoder.blocks):
             n, _ = block.attention_norm.forward(x)
             q, k, v = self._project(n, number, block, (0, 1, 2), taken)
