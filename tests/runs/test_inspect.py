@@ -9,7 +9,7 @@ import pytest
 from loralab.adapters import read_adapter
 from loralab.cli import main
 from loralab.config import RunConfig
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, RunError
 from loralab.runs.inspect import inspect
 from loralab.runs.lint import read_experiment
 from loralab.runs.train import train
@@ -101,3 +101,13 @@ def test_runs_are_linted_as_arms(lora: Path, full: Path) -> None:
     names = {finding.name for finding in lint(experiment)}
     assert {"one-seed", "untuned-rate"} <= names
     assert not names & {"data-order-differs", "steps-differ", "predictions-not-saved"}
+
+
+def test_a_run_of_the_head_alone_has_nothing_to_look_at(
+    folder: Path, settings: Callable[..., RunConfig]
+) -> None:
+    config = settings(method__kind="head", data__train_rows=32, training__epochs=1)
+    train(config, folder / "head", splits=())
+    with pytest.raises(RunError, match="trained the head alone") as caught:
+        inspect(folder / "head")
+    assert "lora, frozen or full" in caught.value.next_step

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.adapters import Adapter, adapter_of_difference, read_adapter, write_adapter
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, RunError
 from loralab.events import Listener, Note, Phase, Progress, ignore
 from loralab.evidence.xray import XRay, figures, summarise, xray, xray_difference
 from loralab.models import StoredWeights
@@ -91,11 +91,19 @@ def inspect(
 
 
 def open_source(source: str | Path) -> Source:
-    """An adapter's folder, a finished run, or a checkpoint (a folder or a model's name)."""
+    """An adapter's folder, a finished run, or a checkpoint (a folder or a model's name).
+
+    Raises `RunError` for a run that is not finished, or trained the head alone.
+    """
     path = Path(source)
     if (path / MANIFEST).is_file():
         run = open_run(path)
         folder = run.artifact
+        if folder.name == "head":
+            raise RunError(
+                f"{source} trained the head alone: nothing of the base was changed",
+                "give a run of method lora, frozen or full.",
+            )
         adapter = read_adapter(folder) if folder.name == "adapter" else None
         return Source(str(source), str(folder), adapter, run)
     is_model = (path / "config.json").is_file() or not path.is_dir()
