@@ -51,6 +51,7 @@ def _picture(document: Row, points: Sequence[Row]) -> Section:
         {
             "dial": DIAL_NAMES[str(point["dial"])],
             "name": _name(point),
+            "value": point["value"],
             "forgotten": point["forgotten"]["mean"],
             "least": point["forgotten"]["low"],
             "most": point["forgotten"]["high"],

@@ -18,7 +18,7 @@ def trade_off_chart(
 ) -> Spec:
     """Gain (up) against forgetting (across), a line a dial.
 
-    Rows have `dial`, `name`, `gain` with `low` and `high`, `forgotten` with `least` and `most`.
+    Rows have `dial`, `value`, `name`, `gain` with `low` and `high`, `forgotten` with `least` and `most`.
     `budget` is drawn as a line on the axis across.
     """
     scale = {"zero": True, "nice": True, "padding": 8}
@@ -42,7 +42,12 @@ def trade_off_chart(
     layers: list[Spec] = [
         {
             "mark": {"type": "line", "strokeWidth": 1.25, "opacity": 0.6},
-            "encoding": {"x": x, "y": y, "color": colour, "order": {"field": "gain"}},
+            "encoding": {
+                "x": x,
+                "y": y,
+                "color": colour,
+                "order": {"field": "value", "type": "quantitative"},
+            },
         },
         {
             "mark": rule,
@@ -74,7 +79,12 @@ def trade_off_chart(
         },
         {
             "mark": {"type": "text", "align": "left", "dx": 8, "dy": -8, "fontSize": 11},
-            "encoding": {"x": x, "y": y, "text": {"field": "name"}, "color": {"value": INK}},
+            "encoding": {
+                "x": x,
+                "y": y,
+                "text": {"field": "name", "type": "nominal"},
+                "color": {"value": INK},
+            },
         },
     ]
     if budget is not None:
