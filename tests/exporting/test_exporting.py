@@ -17,11 +17,13 @@ import loralab
 from loralab.adapters import adapter_parameters, extract, read_adapter
 from loralab.cli import main
 from loralab.errors import AdapterError, ConfigError, OutputError, RunError
-from loralab.exporting import Exported, find_engine, plan_launch, read_probe_file
+from loralab.exporting import TEXTS, Exported, find_engine, plan_launch, read_probe_file
 from loralab.exporting.launch import chat_format
 from loralab.models import load_tokenizer
 from loralab.runs.export import export
 from loralab.runs.probe import probe
+
+FEW = ("The lazy fox, and then", "Will it rain tomorrow? It is")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def source(make_adapter: Any) -> Path:
 
 def test_for_vllm(source: Path, decoder: Path, tmp_path: Path) -> None:
     out = tmp_path / "reviews"
-    told = export(source, out, engine="vllm", base=str(decoder))
+    told = export(source, out, engine="vllm", base=str(decoder), texts=FEW)
     names = {str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()}
     assert names == set(told["files"])
     assert {"adapter/adapter_config.json", "probes.json", "serve.sh", "README.txt"} <= names
@@ -108,7 +110,9 @@ def test_merged_for_vllm_is_the_adapted_model(
     make_adapter: Any, decoder: Path, tmp_path: Path
 ) -> None:
     model, folder = make_adapter(dora=True)
-    told = export(folder, tmp_path / "out", engine="vllm", base=str(decoder), merged=True)
+    told = export(
+        folder, tmp_path / "out", engine="vllm", base=str(decoder), merged=True, texts=FEW
+    )
     assert told["certificate"]["dtype"] == "float32"
     assert "--enable-lora" not in told["commands"][0]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").eval()
@@ -139,7 +143,13 @@ def test_dora_by_plain_pairs_states_what_is_kept(
     kept = []
     for rank in (4, 64):
         told = export(
-            folder, tmp_path / str(rank), engine="vllm", base=str(decoder), rank=rank, name="a"
+            folder,
+            tmp_path / str(rank),
+            engine="vllm",
+            base=str(decoder),
+            rank=rank,
+            name="a",
+            texts=FEW,
         )
         assert set(told["errors"]) <= set(read_adapter(folder).pairs)
         kept.append(told["effect_kept"])
@@ -157,7 +167,7 @@ class TestTheWayRound:
         from test_llama_cpp import start
 
         out = tmp_path / "reviews"
-        export(source, out, engine="llama.cpp", base=str(decoder))
+        export(source, out, engine="llama.cpp", base=str(decoder), texts=TEXTS[:4])
         served = start(out / "base.gguf", out / "adapter.gguf")
         found = probe(served.listening_address, out)
         assert found["verdict"] == "applied", found
@@ -176,7 +186,7 @@ class TestClassifier:
             for parameter in adapter_parameters(model, "a").values():
                 parameter.normal_(std=0.2)
         loralab.save_adapter(model, "a", tmp_path / "a")
-        told = export(tmp_path / "a", tmp_path / "out", engine="vllm", base=str(base))
+        told = export(tmp_path / "a", tmp_path / "out", engine="vllm", base=str(base), texts=FEW)
         assert "--runner pooling --convert classify --max-lora-cls-labels 3" in told["commands"][0]
         probes = read_probe_file(tmp_path / "out")
         assert probes.task == "classification"

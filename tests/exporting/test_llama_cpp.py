@@ -90,7 +90,7 @@ def agree(server: Any, model: Any, route: str | None, texts: tuple[str, ...] = T
     words, compared = load_tokenizer(str(model.config._name_or_path)), 0
     for text in texts:
         ids = words(text).input_ids
-        for end in range(3, len(ids) + 1, 3):
+        for end in range(3, len(ids) + 1, 4):
             found = likeliest(server, ids[:end])
             with torch.no_grad(), loralab.use(model, route):
                 wanted = model(torch.tensor([ids[:end]])).logits[0, -1].log_softmax(-1)

@@ -27,14 +27,19 @@ CAN = {
 
 
 @pytest.fixture(scope="module")
-def host(decoder: Path, make_adapter: Any) -> Any:
-    """A model that hosts the adapter "a" of rank 4, trained as rsLoRA with alpha 8."""
-    return make_adapter(scaling="alpha/sqrt(rank)", size=0.06)[0]
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("small") / "base", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
-def words(decoder: Path) -> Any:
-    return load_tokenizer(str(decoder))
+def host(small: Path, make_adapter: Any) -> Any:
+    """A model that hosts the adapter "a" of rank 4, trained as rsLoRA with alpha 8."""
+    return make_adapter(small, scaling="alpha/sqrt(rank)", size=0.08)[0]
+
+
+@pytest.fixture(scope="module")
+def words(small: Path) -> Any:
+    return load_tokenizer(str(small))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def file(host: Any, words: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     path = tmp_path_factory.mktemp("probes") / "probes.json"
     original = {"rank": 4, "alpha": 8, "scaling": "alpha/sqrt(rank)"}
     probes = make_server_probes(
-        host, "a", words, TEXTS[:4], served_name="reviews", original=original
+        host, "a", words, TEXTS[:3], served_name="reviews", original=original
     )
     write_probe_file(probes, path)
     return path
@@ -134,10 +139,10 @@ class TestVerdicts:
         assert probe(server.url, file)["verdict"] == "applied"
 
     def test_noise_as_large_as_the_effect_decides_nothing(
-        self, serve: Any, says: Any, words: Any, make_adapter: Any, tmp_path: Path
+        self, serve: Any, says: Any, words: Any, small: Path, make_adapter: Any, tmp_path: Path
     ) -> None:
-        small, _ = make_adapter(size=0.002, targets=["q_proj"])
-        probes = make_server_probes(small, "a", words, TEXTS[:2], served_name="reviews")
+        weak, _ = make_adapter(small, size=0.002, targets=["q_proj"])
+        probes = make_server_probes(weak, "a", words, TEXTS[:2], served_name="reviews")
         assert probes.effect < 0.01
         write_probe_file(probes, tmp_path / "p.json")
         server = serve(models={"reviews": says(0.0, noise=0.03)}, tokenizer=words)

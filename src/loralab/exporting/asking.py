@@ -151,12 +151,12 @@ def _next(server: Server, model: str, probe: ServerProbe) -> tuple[Any, Answer]:
     texts = [text for _, text in probe.choices]
     by_text = {text: place for place, text in enumerate(texts) if _is_one(text, texts)}
     found: dict[int, float] = {}
-    rows = _likeliest(choice.get("logprobs"))
-    for number, text, value in rows:
+    for number, text, value in _likeliest(choice.get("logprobs")):
         place = by_number.get(number) if number is not None else by_text.get(text)
         if place is not None and _is_number(value):
             found[place] = float(value)
-    return (found if rows else None), answer  # none of ours among the likeliest: says nothing
+    # none of ours among the likeliest, or (llama.cpp) a token that is half a character: {}
+    return (found if choice else None), answer
 
 
 def _is_one(text: str, texts: list[str]) -> bool:
