@@ -10,7 +10,7 @@ from uuid import uuid4
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from loralab.errors import LoralabError
+from loralab.errors import LoralabError, RequestError
 from loralab.serving.http.answers import (
     AnswerMessage,
     ChatChoice,
@@ -77,10 +77,18 @@ async def _checked(service: Service, request: Request, work: Any) -> Asked:
 # checking -----------------------------------------------------------------------------------------
 
 
+def _check_together(body: Generate) -> None:
+    """Raises `RequestError` that lists the fields that contradict each other."""
+    found = body.contradictions()
+    if found:
+        raise RequestError("; ".join(found), "leave one of them out.")
+
+
 async def _completion(
     service: Service, request: Request, body: CompletionBody, stack: AsyncExitStack
 ) -> Asked:
     target = service.target(body.model, service.caller(request))
+    _check_together(body)
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
     prompts = await service.encode(body.prompt)
     for prompt in prompts:
@@ -92,6 +100,7 @@ async def _completion(
 
 async def _chat(service: Service, request: Request, body: ChatBody, stack: AsyncExitStack) -> Asked:
     target = service.target(body.model, service.caller(request))
+    _check_together(body)
     messages = [message.for_template() for message in body.messages]
     size = sum(len(message["content"]) for message in messages)
     prompt = await service.in_thread_if_long(size, lambda: service.chat_ids(messages))

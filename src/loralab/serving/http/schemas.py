@@ -5,9 +5,10 @@ A field that is unknown, or asks for what this server does not do, is refused: n
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from loralab.serving.requests import Sampling
+from loralab.serving.store import NAME
 
 MOST_PROMPTS = 32
 MOST_ANSWERS = 16
@@ -22,11 +23,12 @@ def _readable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_readable)]
+Prompt = Annotated[Text, Field(min_length=1)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 Texts = (
-    Text
-    | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+    Prompt
+    | Annotated[list[Prompt], Field(min_length=1, max_length=MOST_PROMPTS)]
     | TokenIds
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
 )
@@ -80,11 +82,10 @@ class Generate(Body):
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
 
-    @model_validator(mode="after")
-    def _streams(self) -> "Generate":
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for stream=true alone")
-        return self
+    def contradictions(self) -> list[str]:
+        """Fields that do not go together."""
+        alone = self.stream_options is not None and not self.stream
+        return ["stream_options is for stream=true alone"] if alone else []
 
     @property
     def num_answers(self) -> int:
@@ -118,13 +119,14 @@ class CompletionBody(Generate):
     best_of: Literal[1] | None = None
     suffix: None = None
 
-    @model_validator(mode="after")
-    def _echoes(self) -> "CompletionBody":
+    def contradictions(self) -> list[str]:
+        """Fields that do not go together."""
+        found = super().contradictions()
         if self.echo and self.stream:
-            raise ValueError("echo cannot be streamed")
+            found.append("echo cannot be streamed")
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens=0 is for echo=true alone")
-        return self
+            found.append("max_tokens=0 is for echo=true alone")
+        return found
 
 
 class TextPart(Body):
@@ -167,11 +169,12 @@ class ChatBody(Generate):
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
 
-    @model_validator(mode="after")
-    def _reports(self) -> "ChatBody":
+    def contradictions(self) -> list[str]:
+        """Fields that do not go together."""
+        found = super().contradictions()
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is for logprobs=true alone")
-        return self
+            found.append("top_logprobs is for logprobs=true alone")
+        return found
 
 
 class EmbeddingBody(Body):
@@ -194,7 +197,7 @@ class ClassifyBody(Body):
     user: str | None = None
 
 
-Name = Annotated[str, Field(min_length=1, max_length=4096)]
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 
 
 class LoadBody(Body):
@@ -204,7 +207,7 @@ class LoadBody(Body):
     """
 
     lora_name: Name
-    lora_path: Name
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     load_inplace: bool = False
     pinned: bool = False
     base_model_name: None = None

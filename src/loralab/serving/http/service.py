@@ -78,9 +78,15 @@ class Service:
         return UnknownAdapterError(f"there is no model {model[:120]!r}", hint)
 
     def target(self, model: str, caller: Caller) -> Target:
-        """What the request is for, if the caller may use it."""
+        """What the request is for. Raises `ForbiddenError` and `UnknownAdapterError`."""
         target = parse_target(model, self.base)
         caller.check_use(target.counted)
+        try:
+            self.store.check_known(target.names)
+        except UnknownAdapterError as error:
+            if len(target.names) == 1:
+                raise self.unknown(target.names[0]) from error
+            raise
         return target
 
     @asynccontextmanager
@@ -103,12 +109,7 @@ class Service:
         if not target.names:
             return None
         started = time.perf_counter()
-        try:
-            future = self.store.lease(target.names)
-        except UnknownAdapterError as error:
-            if len(target.names) == 1:
-                raise self.unknown(target.names[0]) from error
-            raise
+        future = self.store.lease(target.names)
         try:
             lease = await asyncio.wait_for(asyncio.wrap_future(future), self.limits.lease_seconds)
         except TimeoutError:

@@ -2,7 +2,7 @@
 
 from loralab.serving.store.leases import Lease
 from loralab.serving.store.reading import Limits
-from loralab.serving.store.registry import Registry, is_name
+from loralab.serving.store.registry import NAME, Registry, is_name
 from loralab.serving.store.store import AdapterStore, Place
 from loralab.serving.store.versions import (
     AdapterState,
@@ -14,6 +14,7 @@ from loralab.serving.store.versions import (
 from loralab.serving.store.working_set import Report, WorkingSet
 
 __all__ = [
+    "NAME",
     "AdapterState",
     "AdapterStore",
     "Lease",

@@ -8,7 +8,7 @@ from pathlib import Path
 from loralab.errors import AdapterError, ForbiddenError, UnknownAdapterError, nearest
 
 FILES: tuple[str, ...] = ("adapter_config.json", "adapter_model.safetensors", "probes.json")
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
+NAME = r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_-])?"
 WHAT_A_NAME_IS = (
     "one to 96 letters, digits, `_`, `-` and `.`, not beginning with `-` or `.`, without slashes"
 )
@@ -16,7 +16,7 @@ WHAT_A_NAME_IS = (
 
 def is_name(name: str) -> bool:
     """Whether adapters may be called that: one plain component of a path, on every system."""
-    return NAME.fullmatch(name) is not None and not name.endswith(".")
+    return re.fullmatch(NAME, name) is not None
 
 
 @dataclass(frozen=True)

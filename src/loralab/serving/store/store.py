@@ -104,6 +104,12 @@ class AdapterStore:
         hand_over(done)
         return waiter.future
 
+    def check_known(self, names: Sequence[str]) -> None:
+        """Raises `UnknownAdapterError`, with the nearest name, where one of them is none."""
+        with self._lock:
+            for name in names:
+                self._names.open(name)
+
     def names(self) -> list[str]:
         """All names that may be asked for, sorted."""
         with self._lock:
