@@ -152,6 +152,8 @@ def bad_inputs(run: Path, folder: Path, rows_csv: Path) -> dict[str, tuple[dict[
         "empty": ({"data": str(empty)}, "empty.csv"),
         "few": ({"data": str(few)}, "too few held-out rows"),
         "folder": ({"output": folder}, "exists already"),
+        "no adapter": ({"source": folder, "base": "minilm", "data": "tweets"}, str(folder)),
+        "no recipe": ({"source": "nothing"}, "no recipe 'nothing'"),
         "trained without output": ({"trained": (2,)}, "--output is missing"),
         "base of a run": ({"base": "minilm"}, "has its base and settings already"),
         "no data": ({"source": run / "adapter"}, "--data is missing"),
@@ -184,3 +186,12 @@ def test_a_full_run_has_no_rank(folder: Path, settings: Callable[..., RunConfig]
     train(settings(method__kind="head", data__train_rows=32, training__epochs=1), place, splits=())
     with pytest.raises(LoralabError, match="has no adapter"):
         rank(place)
+
+
+def test_options_that_go_together_and_lists_that_are_none(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rank", str(run), "--ranks", "8,x"]) == 2
+    assert "--ranks '8,x' is no list of numbers" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--base", "minilm"]) == 2
+    assert "--base and --output go with --forgetting" in capsys.readouterr().err

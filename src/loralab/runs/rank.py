@@ -14,7 +14,7 @@ from loralab.events import Listener, Note, Phase, ignore
 from loralab.evidence import Rule, losses
 from loralab.files import write_json
 from loralab.reports import write_rank_report
-from loralab.runs.folder import MANIFEST, refuse_existing
+from loralab.runs.folder import refuse_existing
 from loralab.runs.rank_measuring import RANKS, RULES, Asked, Measured, falling, measure
 from loralab.runs.rank_trainings import (
     HIGH_RANK,
@@ -24,7 +24,7 @@ from loralab.runs.rank_trainings import (
     trained_at,
     truncations,
 )
-from loralab.runs.subject import ADAPTER_FILE, groups_of, held_out, open_subject
+from loralab.runs.subject import groups_of, held_out, open_subject
 
 TOLERANCE = 0.01
 """Nats: the right answer's probability falls by 1 % in the geometric mean."""
@@ -63,9 +63,9 @@ def rank(
     """
     check_tolerance(tolerance)
     asked = Asked(tolerance, rule, tuple(dict.fromkeys((rule, *rules))), falling(ranks))
-    is_recipe = not ((Path(source) / MANIFEST).is_file() or (Path(source) / ADAPTER_FILE).is_file())
-    if is_recipe and not Path(source).is_dir():
-        output = Path(output) if output is not None else _default_folder(source)
+    is_recipe = not Path(source).is_dir()
+    if is_recipe and output is None:
+        output = _default_folder(source)
     _check_output(output, trains=is_recipe or bool(trained))
     try:
         if is_recipe and output is not None:

@@ -22,7 +22,6 @@ from loralab.runs.folder import MANIFEST, Run, open_run
 from loralab.runs.workbench import base_model
 from loralab.training import choose_device, predict, use_threads
 
-ADAPTER_FILE = "adapter_config.json"
 PLACE = "candidate"
 FEWEST_ROWS = 20
 HEADS = ("score", "classifier")
