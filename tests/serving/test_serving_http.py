@@ -88,7 +88,10 @@ def test_a_stream_is_the_same_answer(server: Server) -> None:
     texts = [part.choices[0].delta.content or "" for part in parts if part.choices]
     assert "".join(texts) == whole.choices[0].message.content
     assert parts[0].choices[0].delta.role == "assistant"
-    assert parts[-1].usage == whole.usage
+    assert parts[-1].usage is not None and whole.usage is not None
+    assert parts[-1].usage.total_tokens == whole.usage.total_tokens
+    assert parts[-1].usage.prompt_tokens_details is not None
+    assert parts[-1].usage.prompt_tokens_details.cached_tokens  # of the answer before
     assert [p.choices[0].finish_reason for p in parts if p.choices][-1] == "length"
     content = whole.choices[0].logprobs
     assert content is not None and content.content is not None and len(content.content) == 9

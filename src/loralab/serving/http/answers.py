@@ -7,12 +7,19 @@ from pydantic import BaseModel
 from loralab.serving.store import AdapterState
 
 
+class PromptDetails(BaseModel):
+    """Of the prompt's tokens, those whose keys and values were there already."""
+
+    cached_tokens: int = 0
+
+
 class Usage(BaseModel):
     """Tokens read and written."""
 
     prompt_tokens: int
     completion_tokens: int = 0
     total_tokens: int
+    prompt_tokens_details: PromptDetails = PromptDetails()
 
 
 class CompletionLogprobs(BaseModel):

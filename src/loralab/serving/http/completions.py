@@ -172,10 +172,10 @@ async def _generate(asked: Asked) -> tuple[Generation, list[Ended]]:
 async def _whole_completion(service: Service, asked: Asked, texts: TokenTexts) -> Completion:
     body = cast(CompletionBody, asked.body)
     answers = [Ended() for _ in asked.prompts]
-    num_tokens = 0
+    num_tokens = num_cached = 0
     if asked.max_tokens:
         generation, answers = await _generate(asked)
-        num_tokens = generation.num_tokens
+        num_tokens, num_cached = generation.num_tokens, generation.num_cached(body.num_answers)
     echoed: dict[tuple[int, ...], list[Chosen]] = {}
     if body.echo:
         for prompt in dict.fromkeys(asked.prompts):
@@ -193,7 +193,9 @@ async def _whole_completion(service: Service, asked: Asked, texts: TokenTexts) -
             )
         )
     num_prompt = sum(len(prompt) for prompt in asked.prompts[:: body.num_answers])
-    return Completion(**asked.about, choices=choices, usage=usage(num_prompt, num_tokens))
+    return Completion(
+        **asked.about, choices=choices, usage=usage(num_prompt, num_tokens, num_cached)
+    )
 
 
 async def _score(service: Service, asked: Asked, prompt: tuple[int, ...]) -> list[Chosen]:
@@ -222,7 +224,8 @@ async def _whole_chat(asked: Asked, texts: TokenTexts) -> ChatCompletion:
         )
         for index, answer in enumerate(answers)
     ]
-    counts = usage(len(asked.prompts[0]), generation.num_tokens)
+    num_cached = generation.num_cached(asked.body.num_answers)
+    counts = usage(len(asked.prompts[0]), generation.num_tokens, num_cached)
     return ChatCompletion(**asked.about, choices=choices, usage=counts)
 
 
@@ -323,7 +326,8 @@ async def _events(
                 yield event({**about, "choices": [parts.part(index, piece)]})
         if counts:
             num_prompt = sum(len(p) for p in asked.prompts[:: asked.body.num_answers])
-            told = usage(num_prompt, generation.num_tokens).model_dump()
+            num_cached = generation.num_cached(asked.body.num_answers)
+            told = usage(num_prompt, generation.num_tokens, num_cached).model_dump()
             yield event({**about, "choices": [], "usage": told})
         outcome = "answered"
         yield END

@@ -40,7 +40,7 @@ class Generation:
 
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
-        self.num_prompt_tokens = self.num_cached_tokens = self.num_tokens = 0
+        self.num_prompt_tokens = self.num_tokens = 0
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
@@ -69,6 +69,10 @@ class Generation:
                 raise
         self.num_prompt_tokens = sum(map(len, {tuple(prompt) for prompt in prompts}))
         self.admission.charge(sum(map(len, prompts)))
+
+    def num_cached(self, every: int) -> int:
+        """Prompt tokens that were there already, of the first answer of `every` to a prompt."""
+        return sum(ticket.num_cached_tokens for ticket in self._tickets[::every])
 
     def cancel(self) -> None:
         """Ends all answers soon."""

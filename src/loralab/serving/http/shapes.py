@@ -11,6 +11,7 @@ from loralab.serving.http.answers import (
     ChatLogprobs,
     ChosenLogprob,
     CompletionLogprobs,
+    PromptDetails,
     TokenLogprob,
     Usage,
 )
@@ -28,12 +29,13 @@ def event(content: BaseModel | dict[str, Any]) -> bytes:
     return f"data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n".encode()
 
 
-def usage(num_prompt: int, num_answer: int = 0) -> Usage:
-    """Counts of tokens."""
+def usage(num_prompt: int, num_answer: int = 0, num_cached: int = 0) -> Usage:
+    """Counts of tokens. Of several answers to one prompt, the prompt counts once."""
     return Usage(
         prompt_tokens=num_prompt,
         completion_tokens=num_answer,
         total_tokens=num_prompt + num_answer,
+        prompt_tokens_details=PromptDetails(cached_tokens=min(num_cached, num_prompt)),
     )
 
 
