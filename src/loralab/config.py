@@ -188,6 +188,7 @@ class CompareSection(Section):
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=3)] = [0, 1, 2]
     storage_tasks: PositiveInt = 10  # N in the storage sum: N models against one base, N adapters
     measured_steps: PositiveInt = 5
+    stop_losers: bool = False  # successive halving of LoRA's sweep: the worse half stops early
 
     @model_validator(mode="after")
     def _no_repeats(self) -> "CompareSection":

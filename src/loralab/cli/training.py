@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 @app.command(epilog=RECIPE_HELP)
 @recipe_and_overrides
 @click.option("--output", type=click.Path(path_type=Path), help="The run's folder (must be new).")
+@click.option(
+    "--grid",
+    multiple=True,
+    metavar="SECTION.KEY=[VALUES]",
+    help="Train every combination in one pass over one base (LoRA); --output holds a run each.",
+)
 @click.option("--resume", type=click.Path(path_type=Path), help="Continue this run, bit for bit.")
 @common
 def train(
@@ -28,6 +34,7 @@ def train(
     overrides: tuple[str, ...],
     model: str | None,
     output: Path | None,
+    grid: tuple[str, ...],
     resume: Path | None,
     as_json: bool,
     quiet: bool,
@@ -38,10 +45,17 @@ def train(
     Examples:
       loralab train demo method.rank=8 --output runs/rank-8
       loralab train --resume runs/rank-8
+      loralab train demo --output runs/grid --grid 'method.rank=[4,16]' \
+          --grid 'training.learning_rate=[3e-4,1e-3]'
+
+    With --grid the same command goes on where it was interrupted.
     """
-    if resume is not None and (recipe is not None or output is not None):
+    if resume is not None and (recipe is not None or output is not None or grid):
         raise click.UsageError("--resume takes its settings and place from the run alone")
     console = console_for(as_json, quiet)
+    if grid:
+        _train_grid(console, recipe, overrides, model, output, grid, as_json)
+        return
     if resume is not None:
         from loralab.runs.train import resume as resume_run
 
@@ -58,6 +72,34 @@ def train(
         from loralab.runs.tables import run_lines
 
         console.text(run_lines(run))
+
+
+def _train_grid(
+    console: "Console",
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    model: str | None,
+    output: Path | None,
+    grid: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Every combination of the grid, a folder each under `output`."""
+    if output is None:
+        raise click.UsageError("--grid needs --output: a folder that holds a run's folder each")
+    settings_of(recipe, overrides, model)  # what is wrong with the recipe itself is said first
+
+    from loralab.runs.many import grid_of, train_many
+    from loralab.runs.tables import run_lines
+
+    named = () if model is None else (f'model.name="{model}"',)
+    configs = grid_of(str(recipe), (*overrides, *named), grid)
+    folders = [output / name for name in configs]
+    runs = train_many(list(configs.values()), folders, listen=console.listen)
+    if as_json:
+        console.data({"runs": [run.summary() for run in runs]})
+        return
+    for run in runs:
+        console.text(run_lines(run) if run.finished else f"{run.folder}: {run.manifest['cause']}")
 
 
 @app.command()

@@ -11,6 +11,7 @@ from loralab.fusion.output import (
 )
 from loralab.fusion.pattern import Matched, matching_blocks, read_call
 from loralab.fusion.proof import agrees
+from loralab.fusion.watching import own_modules
 
 __all__ = [
     "SHORT_ROW_TOKENS",
@@ -23,6 +24,7 @@ __all__ = [
     "fused",
     "matching_blocks",
     "norm_of",
+    "own_modules",
     "read_call",
     "run_fused",
     "stopped_at",

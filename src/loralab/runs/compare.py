@@ -10,7 +10,7 @@ Everything that is finished is reused when the comparison is started again.
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,15 @@ from loralab.files import write_json, write_text
 from loralab.reports import write_comparison_report
 from loralab.runs.evaluate import evaluate
 from loralab.runs.folder import CONFIG, MANIFEST, Run, open_run
+from loralab.runs.many import train_many
 from loralab.runs.results import comparison_of, loss_curves
 from loralab.runs.solo import measure
 from loralab.runs.sweep import DEFAULT_RATES, Sweep, sweep
 from loralab.runs.train import resume, train
 from loralab.runs.workbench import Workbench, open_workbench, settle_dtype
+
+LARGEST_SHARED_BATCH = 16
+"""Rows up to which one pass of many runs is no slower than one after another (on two cores)."""
 
 COMPARISON = "comparison.json"
 REPORT = "report.html"
@@ -141,6 +145,9 @@ class _Contest:
     def _enter(self, method: MethodKind) -> Entrant:
         compare = self.config.compare
         tried: dict[float, Run] = {}
+        first = compare.seeds[0]
+        rates = sorted(set(compare.learning_rates[method]))
+        self._in_one_pass(method, [(rate, first) for rate in rates], halving=compare.stop_losers)
         found = sweep(
             compare.learning_rates[method],
             lambda rate: self._validation_loss(method, rate, tried),
@@ -152,6 +159,7 @@ class _Contest:
             self.head_rate = best
         runs: tuple[Run, ...] = ()
         if math.isfinite(found.losses[best]):
+            self._in_one_pass(method, [(best, seed) for seed in compare.seeds])
             runs = tuple(self._run(method, best, seed) for seed in compare.seeds)
         for run in runs:
             if run.finished and not run.has_evaluation("test"):
@@ -171,13 +179,40 @@ class _Contest:
             training__seed=seed,
         )
 
+    def _in_one_pass(
+        self, method: MethodKind, wanted: Sequence[tuple[float, int]], *, halving: bool = False
+    ) -> None:
+        """Train LoRA's runs together where that pays; `_run` finds them done afterwards."""
+        todo = [
+            each
+            for each in wanted
+            if not (self._folder(method, *each) / MANIFEST).is_file()
+            or not _is_over(open_run(self._folder(method, *each)))
+        ]
+        rows = self.config.training.batch_size
+        if method != "lora" or len(todo) < 2 or (rows > LARGEST_SHARED_BATCH and not halving):
+            return
+        configs = [self._settings(method, *each) for each in todo]
+        folders = [self._folder(method, *each) for each in todo]
+        train_many(
+            configs,
+            folders,
+            listen=_only_progress(self.listen, f"{method}, {len(todo)} runs at once"),
+            workbench=self.bench,
+            splits=(),
+            halving=halving,
+        )
+
+    def _folder(self, method: MethodKind, rate: float, seed: int) -> Path:
+        return self.folder / "runs" / method / f"rate-{rate:.1e}-seed-{seed}"
+
     def _validation_loss(self, method: MethodKind, rate: float, tried: dict[float, Run]) -> float:
         run = tried[rate] = self._run(method, rate, self.config.compare.seeds[0])
         return float(run.manifest["best"]["nll"]) if run.finished else math.inf
 
     def _run(self, method: MethodKind, rate: float, seed: int) -> Run:
         """The run at its end, finished or diverged: reused, resumed or trained."""
-        folder = self.folder / "runs" / method / f"rate-{rate:.1e}-seed-{seed}"
+        folder = self._folder(method, rate, seed)
         title = f"{method}, rate {rate:g}, seed {seed}"
         listen = _only_progress(self.listen, title)
         try:
@@ -201,6 +236,10 @@ class _Contest:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _is_over(run: Run) -> bool:
+    return run.finished or run.failed
+
+
 def _drop_large_files(run: Run) -> None:
     """Keep adapters, drop whole models: the first seed's at the best rate stays."""
     if (run.folder / "model").is_dir():
@@ -221,7 +260,7 @@ def _only_progress(listen: Listener, title: str) -> Callable[[Any], None]:
 
     def hear(event: Any) -> None:
         match event:
-            case Phase(title="training", total=total, unit=unit):
+            case Phase(title=said, total=total, unit=unit) if said.startswith("training"):
                 listen(Phase(title, total, unit))
             case Progress():
                 listen(event)

@@ -73,6 +73,7 @@ device = "auto"           # cuda, then mps, then cpu
 [compare]
 methods = ["head", "lora", "frozen", "full"]
 seeds = [0, 1, 2]
+# stop_losers = true      # LoRA's worse rates stop after a quarter, then half, of a run
 # learning_rates.lora = [1e-4, 3e-4, 1e-3]    # a grid a method; extended where the best is an edge
 """
 

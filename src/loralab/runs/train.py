@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from loralab.adapters import count_parameters, save_adapter
+from loralab.adapters import save_adapter
 from loralab.config import RunConfig
 from loralab.errors import Interrupted, RunError, TrainingError
 from loralab.events import Listener, Note, Phase, Progress, ignore
@@ -25,6 +25,7 @@ from loralab.runs.evaluate import score, store_evaluation
 from loralab.runs.folder import (
     ARTIFACT_OF,
     HEAD_FILE,
+    MANIFEST,
     Run,
     create_run,
     open_run,
@@ -75,7 +76,21 @@ def train(
     # a comparison measures each method by itself
     plan = None if workbench else forecast(config, bench.rows["train"], listen)
     trainable = bench.trainable(config)
-    trained, total = count_parameters(trainable.model)
+    run = begin(config, folder, bench, trainable, splits, plan.facts() if plan else {})
+    return _carry_out(run, bench, trainable, listen, plan)
+
+
+def begin(
+    config: RunConfig,
+    folder: Path,
+    bench: Workbench,
+    trainable: Trainable,
+    splits: Sequence[str],
+    facts: dict[str, Any] | None = None,
+) -> Run:
+    """The run's folder, with what is known before the first step; one that is there is opened."""
+    if (folder / MANIFEST).is_file():
+        return open_run(folder)
     first_step = effective_step(trainable)
     run = create_run(
         folder,
@@ -83,16 +98,16 @@ def train(
         {
             "data": bench.facts,
             "label_names": list(bench.dataset.label_names),
-            "trainable_parameters": trained,
-            "total_parameters": total,
-            "base_parameters": total - (trained if trainable.route else 0),
+            "trainable_parameters": trainable.num_trainable,
+            "total_parameters": trainable.num_total,
+            "base_parameters": trainable.num_base,
             "effective_step": first_step and first_step.to_dict(),
             "splits": list(splits),
-            **(plan.facts() if plan else {}),
+            **(facts or {}),
         },
     )
-    trainable.keep_start(_start_of(run))
-    return _carry_out(run, bench, trainable, listen, plan)
+    trainable.keep_start(start_of(folder))
+    return run
 
 
 def resume(
@@ -113,13 +128,13 @@ def resume(
             f"{folder}: the data have changed since the run was started",
             "put the files back as they were, or start a new run.",
         )
-    trainable = bench.trainable(run.config, _start_of(run))
+    trainable = bench.trainable(run.config, start_of(run.folder))
     return _carry_out(run, bench, trainable, listen)
 
 
-def _start_of(run: Run) -> Path:
+def start_of(folder: Path) -> Path:
     """Where a run keeps what its adapter began with, until it is finished."""
-    return run.folder / "checkpoints" / START_FILE
+    return folder / "checkpoints" / START_FILE
 
 
 def _carry_out(
@@ -142,6 +157,13 @@ def _train_and_evaluate(
     run: Run, bench: Workbench, trainable: Trainable, listen: Listener, plan: Forecast | None
 ) -> Run:
     facts = _fit(run, bench, trainable, listen, plan)
+    return conclude(run, bench, trainable, facts, listen)
+
+
+def conclude(
+    run: Run, bench: Workbench, trainable: Trainable, facts: dict[str, Any], listen: Listener
+) -> Run:
+    """Save what was trained, evaluate and describe it, and mark the run as finished."""
     facts |= _save(run, bench, trainable)
     evaluations = {}
     for split in run.manifest["splits"]:
@@ -169,7 +191,7 @@ def _fit(
             if isinstance(event, Started):
                 settings = run.config.model_dump()
                 sinks = open_sinks(run.config.training.sinks, run.folder, settings, step=event.step)
-            facts |= _facts(event)
+            facts |= event_facts(event)
             _tell(event, listen)
             _log(event, sinks)
     except TrainingError as error:
@@ -216,7 +238,7 @@ def _describe(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:
     write_run_report(run_report(run), run.folder / "report.html")
 
 
-def _facts(event: Event) -> dict[str, Any]:
+def event_facts(event: Event) -> dict[str, Any]:
     """What of an event belongs into the manifest."""
     match event:
         case Started():

@@ -15,7 +15,7 @@ from loralab.training.events import (
 )
 from loralab.training.identity import environment
 from loralab.training.loop import fit
-from loralab.training.many import Failed, Stopped, fit_many, prepare_many
+from loralab.training.many import SHARED, Failed, Stopped, fit_many, prepare_many
 from loralab.training.methods import ADAPTER_NAME, ParameterGroup, Trainable, prepare
 from loralab.training.plan import Plan, lay_out
 from loralab.training.predict import Prediction, accuracy, mean_nll, predict
@@ -27,6 +27,7 @@ from loralab.training.streams import stream_seed
 
 __all__ = [
     "ADAPTER_NAME",
+    "SHARED",
     "START_FILE",
     "CheckpointSaved",
     "EffectiveStep",

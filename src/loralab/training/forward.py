@@ -103,6 +103,11 @@ class Forward:
     def _frozen_output(self) -> nn.Linear | None:
         return frozen_output_layer(self.model) if self.task == "causal" else None
 
+    def prepare(self) -> "Forward":
+        """Look at the output layer now: it takes a forward of few tokens."""
+        _ = self._frozen_output
+        return self
+
     def read_positions(self, rows: Sequence[Encoded]) -> Int[Tensor, "rows read"] | None:
         """Where hidden states are read above the last block; None for everywhere.
 

@@ -126,7 +126,7 @@ class _Many:
         self._together = _together(trainables)
 
     def steps(self) -> Iterator[tuple[int, Event | Failed | Stopped]]:
-        """Steps of all runs in turn, until none is left; runs that are over are finished at once."""
+        """Steps of all runs, until none is left; a run that is over is finished at once."""
         for number in set(range(len(self._fits))) - self._active:
             yield number, self._fits[number].finish()
         while self._active:
@@ -196,7 +196,7 @@ class _Many:
         runs = sorted(self._active)
         if not self._rungs or len(runs) < 2:
             return
-        reached = [self._last_validation(n, self._rungs[0]) for n in runs]
+        reached = [self._best_validation(n, self._rungs[0]) for n in runs]
         if any(nll is None for nll in reached):
             return
         self._rungs.pop(0)
@@ -207,12 +207,11 @@ class _Many:
             if nll is not None and fit.progress.stopped_early:
                 yield number, Stopped(fit.progress.step, nll)
 
-    def _last_validation(self, number: int, share: float) -> float | None:
-        """The nll of the run's last validation, where it has had one after that share of it."""
-        enough = {
-            s: x for s, x in self._nll[number].items() if s >= share * self._fits[number].total
-        }
-        return enough[max(enough)] if enough else None
+    def _best_validation(self, number: int, share: float) -> float | None:
+        """The run's lowest nll so far, where it has had a validation after that share of it."""
+        found = self._nll[number]
+        late = any(step >= share * self._fits[number].total for step in found)
+        return min(found.values()) if late else None
 
 
 def _together(trainables: Sequence[Trainable]) -> Together | None:

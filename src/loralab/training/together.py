@@ -12,7 +12,7 @@ model is tried first; where its blocks give something else this way, there is no
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from loralab.adapters import declare_tokens, hosted, streams, use
 from loralab.config import Task
 from loralab.data import Encoded
 from loralab.errors import ModelError
-from loralab.fusion import Matched, agrees, matching_blocks, read_call, run_fused
+from loralab.fusion import Matched, agrees, matching_blocks, own_modules, read_call, run_fused
 from loralab.models import blocks, evaluating
 from loralab.training.attention import training_attention
 from loralab.training.forward import Forward
@@ -121,14 +121,14 @@ class Together:
 
     def _enter(self, batch: Batch, stream: RunStream) -> Batch:
         """The run's forward up to the blocks."""
-        note = _Note(batch, len(self._layers))
+        forward, note = self._forward(batch.name), _Note(batch, len(self._layers))
         config: Any = self._model.config
         width = max(len(row.input_ids) for row in batch.rows)
         with stream.as_default(), training_attention(self._model, width):
             batch.attention = config._attn_implementation
             with stood_in(self._layers, note):
                 try:
-                    self._forward(batch.name).nll_sum(batch.rows)
+                    forward.nll_sum(batch.rows)
                 except _ReachedError:
                     return batch
         raise ModelError(
@@ -185,7 +185,7 @@ class Together:
     def _forward(self, name: str) -> Forward:
         if name not in self._forwards:
             route = name if name in hosted(self._model) else None
-            self._forwards[name] = Forward(self._model, self._task, route=route)
+            self._forwards[name] = Forward(self._model, self._task, route=route).prepare()
         return self._forwards[name]
 
 
@@ -378,7 +378,7 @@ def _layers(model: nn.Module) -> nn.ModuleList | None:
         layers = blocks(model)[1]
     except ModelError:
         return None
-    for module in layers.modules():
+    for module in own_modules(layers):
         rates = {name: rate for name, rate in vars(module).items() if "dropout" in name}
         rates.pop("attention_dropout", None)
         if any(isinstance(rate, float) and rate > 0 for rate in rates.values()):
@@ -388,25 +388,10 @@ def _layers(model: nn.Module) -> nn.ModuleList | None:
 
 def _tried(model: nn.Module, layers: nn.ModuleList) -> bool:
     """Whether the blocks give together what they give batch by batch."""
-    ends: list[Tensor] = []
-    handle = layers[-1].register_forward_hook(lambda _module, _args, output: ends.append(output))
-    batches = []
-    with ExitStack() as stack:
-        stack.callback(handle.remove)
-        stack.enter_context(evaluating(model))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(use(model, None))
-        for number, (lengths, width) in enumerate(TRIED):
-            inputs = _few_tokens(model, lengths, width)
-            model(**inputs)
-            batch = Batch(str(number), (), attention=model.config._attn_implementation)
-            note = _Note(batch, len(layers))
-            try:
-                with stood_in(layers, note):
-                    model(**inputs)
-            except _ReachedError:
-                batches.append(batch)
-        if len(batches) < len(TRIED) or not all(isinstance(end, Tensor) for end in ends):
+    with evaluating(model), torch.no_grad(), use(model, None):
+        trials = [_trial(model, layers, *sizes) for sizes in TRIED]
+        batches = [batch for batch, _ in trials]
+        if not all(isinstance(end, Tensor) and batch.calls for batch, end in trials):
             return False
         _place(batches)
         x = torch.cat([batch.hidden.flatten(0, 1) for batch in batches])
@@ -418,8 +403,26 @@ def _tried(model: nn.Module, layers: nn.ModuleList) -> bool:
                     x = layer(*args, **kwargs)[0]
         except Exception:  # whatever a model of another kind trips over
             return False
-    wanted = torch.cat([end.flatten(0, 1) for end in ends])
+    wanted = torch.cat([end.flatten(0, 1) for _, end in trials])
     return x.shape == wanted.shape and agrees(x, wanted)
+
+
+def _trial(
+    model: nn.Module, layers: nn.ModuleList, lengths: Sequence[int], width: int
+) -> tuple[Batch, Any]:
+    """A batch up to the blocks, and what the last block gives for it alone."""
+    config: Any = model.config
+    batch = Batch("", (), attention=config._attn_implementation)
+    inputs = _few_tokens(model, lengths, width)
+    ends: list[Any] = []
+    handle = layers[-1].register_forward_hook(lambda _module, _args, output: ends.append(output))
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    with stood_in(layers, _Note(batch, len(layers))), suppress(_ReachedError):
+        model(**inputs)
+    return batch, ends[-1]
 
 
 def _few_tokens(model: nn.Module, lengths: Sequence[int], width: int) -> dict[str, Any]:
