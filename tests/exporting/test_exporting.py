@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM
 import loralab
 from loralab.adapters import adapter_parameters, extract, read_adapter
 from loralab.cli import main
+from loralab.config import parse_config
 from loralab.errors import AdapterError, ConfigError, OutputError, RunError
 from loralab.exporting import TEXTS, Exported, find_engine, plan_launch, read_probe_file
 from loralab.exporting.launch import chat_format
 from loralab.models import load_tokenizer
 from loralab.runs.export import export
 from loralab.runs.probe import probe
+from loralab.runs.train import train
 
 FEW = ("The lazy fox, and then", "Will it rain tomorrow? It is")
 
@@ -174,6 +176,34 @@ class TestTheWayRound:
         assert found["factor"] == pytest.approx(1, abs=0.01)
         plain = start(out / "base.gguf")
         assert probe(plain.listening_address, out)["verdict"] == "not applied"
+
+
+def test_a_run_knows_its_base_and_its_texts(decoder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {n}:", "completion": f" the answer is {n}"} for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = parse_config(
+        {
+            "model": {"name": str(decoder), "task": "causal"},
+            "data": {"train": str(tmp_path / "rows.jsonl"), "max_tokens": 32},
+            "method": {"rank": 2, "scaling": "alpha/sqrt(rank)"},
+            "training": {
+                "learning_rate": 2e-2,
+                "max_steps": 4,
+                "device": "cpu",
+                "threads": 1,
+                "memory_plan": "off",
+            },
+        }
+    )
+    train(config, tmp_path / "run", splits=("validation",))
+    told = export(tmp_path / "run", tmp_path / "out", engine="llama.cpp")
+    assert told["base"] == str(decoder)
+    assert told["effect_kept"] > 0.9999
+    probes = read_probe_file(tmp_path / "out")
+    assert probes.probes[0].text.startswith("Question")
+    assert probes.original == {"rank": 2, "alpha": 32.0, "scaling": "alpha/sqrt(rank)"}
+    told = export(tmp_path / "run", tmp_path / "whole", engine="sglang", merged=True, probes=False)
+    assert (tmp_path / "whole" / "model" / "tokenizer.json").is_file()
 
 
 class TestClassifier:
