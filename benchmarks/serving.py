@@ -23,6 +23,7 @@ load_ms: from an adapter's folder into the running runner. restore_ms: from merg
 """
 
 import argparse
+import importlib
 import json
 import platform
 import statistics
@@ -108,7 +109,7 @@ def _figures(
     restored = _restoring(model, runner, arguments.rounds)
     apart = {"base_again": _decoding(runner, [None] * BATCH)}
     again = _take_turns(apart, arguments.rounds, arguments.steps)
-    rates = {case: _tokens_per_second(case, each) for case, each in seconds.items()}
+    rates: dict[str, Any] = {case: _tokens_per_second(case, each) for case, each in seconds.items()}
     result: dict[str, Any] = {
         "fraction_of_base": {str(n): _ratio(seconds["base"], seconds[str(n)]) for n in COUNTS},
         "one_request_fraction": _ratio(seconds["one_base"], seconds["one_adapter"]),
@@ -191,16 +192,17 @@ def _transformers(model: Any) -> Decode:
 def _take_turns(cases: dict[str, Decode], rounds: int, steps: int) -> dict[str, list[float]]:
     """Seconds a step of each case, one figure a round; cases take turns."""
     seconds: dict[str, list[float]] = {case: [] for case in cases}
-    for turn in range(rounds + 1):
-        for case, decode in cases.items():
-            if turn == 0 or case in ("base", "1", "8", "32", "one_base", "one_adapter"):
-                decode(0)  # slots are shared: the case's own prompt is in them
-                decode(1)
-            count = 3 * steps if case.startswith("one") else steps
+    order = list(cases.items())
+    for decode in cases.values():
+        decode(0)  # what slots hold afterwards is the last case's: that changes no time
+        decode(2)
+    for _ in range(rounds):
+        order = order[1:] + order[:1]  # each comes after each
+        for case, decode in order:
+            count = 2 * steps if case.startswith("one") else steps
             start = time.perf_counter()
             decode(count)
-            if turn:
-                seconds[case].append((time.perf_counter() - start) / count)
+            seconds[case].append((time.perf_counter() - start) / count)
     return seconds
 
 
@@ -240,52 +242,61 @@ def _restoring(model: nn.Module, runner: Runner, rounds: int) -> float:
 
 
 def _llama_cpp(folder: Path, threads: int) -> dict[str, float]:
-    """Tokens a second of xllamacpp's server: all requests together, prompts included in neither."""
-    import xllamacpp
+    """Tokens a second of xllamacpp's servers; the prompt is one token.
 
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(next(fetch("smollm2").glob("*.gguf")))
-    settings.n_parallel, settings.n_ctx = BATCH, BATCH * MAX_TOKENS
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-    settings.lora_adapters = [
-        xllamacpp.CommonAdapterLoraInfo(str(folder / f"a{i}.gguf"), 0.0) for i in range(8)
-    ]
-    settings.fit_params, settings.verbosity = False, -1
-    server = xllamacpp.Server(settings)
+    One request has a server of its own, for one sequence and with one adapter: its best settings.
+    """
+    many, single = (_LlamaServer(folder, threads, *sizes) for sizes in ((BATCH, 8), (1, 1)))
+    return {
+        "base": max(many.rate([None] * BATCH) for _ in range(2)),
+        "eight_adapters": max(many.rate([i % 8 for i in range(BATCH)]) for _ in range(2)),
+        "one_request": max(single.rate([0]) for _ in range(3)),
+        "one_base": max(single.rate([None]) for _ in range(3)),
+    }
 
-    def ask(adapter: int | None) -> int:
-        lora = [{"id": i, "scale": float(i == adapter)} for i in range(8)]
+
+class _LlamaServer:
+    """llama.cpp with so many sequences at once and so many adapters."""
+
+    def __init__(self, folder: Path, threads: int, num_sequences: int, num_adapters: int) -> None:
+        xllamacpp: Any = importlib.import_module("xllamacpp")
+        settings = xllamacpp.CommonParams()
+        settings.model.path = str(next(fetch("smollm2").glob("*.gguf")))
+        settings.n_parallel, settings.n_ctx = num_sequences, num_sequences * MAX_TOKENS
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
+        settings.lora_adapters = [
+            xllamacpp.CommonAdapterLoraInfo(str(folder / f"a{i}.gguf"), 0.0)
+            for i in range(num_adapters)
+        ]
+        settings.fit_params, settings.verbosity = False, -1
+        self._server, self._num_adapters = xllamacpp.Server(settings), num_adapters
+        self._ask(None)
+
+    def rate(self, adapters: Sequence[int | None]) -> float:
+        """Tokens a second of all these requests together."""
+        with ThreadPoolExecutor(len(adapters)) as pool:
+            start = time.perf_counter()
+            count = sum(pool.map(self._ask, adapters))
+            return round(count / (time.perf_counter() - start), 1)
+
+    def _ask(self, adapter: int | None) -> int:
         request = {
             "prompt": "The",
-            "n_predict": 48,
+            "n_predict": 40,
             "temperature": 0.0,
             "ignore_eos": True,
             "cache_prompt": False,
-            "lora": lora,
+            "lora": [{"id": i, "scale": float(i == adapter)} for i in range(self._num_adapters)],
         }
-        return int(server.handle_completions(request)["usage"]["completion_tokens"])
-
-    def rate(adapters: Sequence[int | None]) -> float:
-        with ThreadPoolExecutor(len(adapters)) as pool:
-            start = time.perf_counter()
-            count = sum(pool.map(ask, adapters))
-            return round(count / (time.perf_counter() - start), 1)
-
-    rate([None])
-    return {
-        "base": rate([None] * BATCH),
-        "eight_adapters": rate([i % 8 for i in range(BATCH)]),
-        "one_request": max(rate([0]) for _ in range(3)),
-        "one_base": max(rate([None]) for _ in range(3)),
-    }
+        return int(self._server.handle_completions(request)["usage"]["completion_tokens"])
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--steps", type=int, default=4, help="decoding steps of a case in a round")
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=3, help="decoding steps of a case in a round")
     parser.add_argument("--without", nargs="*", default=(), choices=("llama.cpp", "transformers"))
     return parser.parse_args()
 

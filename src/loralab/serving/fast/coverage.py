@@ -56,14 +56,32 @@ class Sites:
             place, item = self._places.get(module), items[name]
             if place is None or not _is_plain(item):
                 return f"what it changes at {path!r} is more than a pair on a block's projection"
-            A, B = item.factors()
-            table[place[0]][place[1]] = Factors(A.detach(), B.detach(), item.scale)
+            table[place[0]][place[1]] = _factors(item)
         return table
+
+
+# Straight from the tables of parameters: hundreds of pairs are looked at when an adapter is loaded.
 
 
 def _is_plain(item: Any) -> TypeGuard[Pair]:
     """Whether the item adds `scale * B (A x)` and nothing else."""
-    return isinstance(item, Pair) and item.magnitude is None and item.bias is None
+    if not isinstance(item, Pair):
+        return False
+    return item._parameters["magnitude"] is None and item._parameters["bias"] is None
+
+
+def _factors(pair: Pair) -> Factors:
+    if pair._buffers["first_A"] is not None:  # on a base that was moved: the rank doubles
+        A, B = pair.factors()
+    else:
+        A, B = cast(Tensor, pair._parameters["A"]), cast(Tensor, pair._parameters["B"])
+    return Factors(A.detach(), B.detach(), pair.scale)
+
+
+def _tensors(item: nn.Module) -> list[Tensor]:
+    if isinstance(item, Pair):
+        return [tensor for tensor in item._parameters.values() if tensor is not None]
+    return list(item.parameters())
 
 
 class Version:
@@ -71,7 +89,15 @@ class Version:
 
     def __init__(self, hosts: Hosts, name: str) -> None:
         self._items = [items.get(name) for _, _, items in hosts]
-        self._tensors = [t for item in self._items if item is not None for t in item.parameters()]
+        self._tensors = [
+            tensor
+            for item in self._items
+            if item is not None
+            for tensor in (
+                item._parameters.values() if isinstance(item, Pair) else item.parameters()
+            )
+            if tensor is not None
+        ]
         self._written = [tensor._version for tensor in self._tensors]
 
     def holds(self, hosts: Hosts, name: str) -> bool:

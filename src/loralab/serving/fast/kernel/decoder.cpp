@@ -13,6 +13,8 @@
 
 namespace loralab {
 
+constexpr int RANKS = 16;  // rows of A in one piece of work
+
 enum Projection { QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN, NUM_PROJECTIONS };
 
 struct Block {
@@ -161,7 +163,9 @@ class Run {
       Wishes for_gate, for_up;
       wish_tiles(for_gate, number, UP, piece);
       if (next >= 0) wish_tiles(for_up, number, GATE, next);
-      wish_shrink(for_gate, number, DOWN, 1, model_.mlp_width, piece, pieces(model_.mlp_width));
+      const int64_t halves = 2 * pieces(model_.mlp_width);
+      wish_shrink(for_gate, number, DOWN, 1, model_.mlp_width, 2 * piece, halves);
+      wish_shrink(for_up, number, DOWN, 1, model_.mlp_width, 2 * piece + 1, halves);
       strips(tokens, [&](int64_t first, int rows) {
         Tile gate, up;
         const int64_t out = model_.mlp_width;
@@ -202,21 +206,28 @@ class Run {
   // hidden = scale * weight * A x, for every entry and the pairs of `count` projections.
   void shrink(int& phase, int64_t number, int first, int count, const T* x, int64_t size) {
     if (step_.num_groups == 0) return;
-    const int64_t parts = (step_.most_rank + 7) / 8;
-    team_.share(phase, step_.num_groups * count * parts, [&](int64_t piece, int64_t) {
+    const int64_t parts = (step_.most_rank + RANKS - 1) / RANKS;
+    auto rows_of = [&](int64_t piece) -> const T* {  // of A; null where the pair has fewer
+      const Group& group = step_.groups[piece / (count * parts)];
+      const Pair& pair = group.pairs[number * NUM_PROJECTIONS + first + piece / parts % count];
+      const int64_t from = piece % parts * RANKS;
+      return from < pair.rank ? static_cast<const T*>(pair.A) + from * size : nullptr;
+    };
+    team_.share(phase, step_.num_groups * count * parts, [&](int64_t piece, int64_t next) {
+      const T* A = rows_of(piece);
+      if (A == nullptr) return;
       const Group& group = step_.groups[piece / (count * parts)];
       const int which = int(piece / parts % count);
       const Pair& pair = group.pairs[number * NUM_PROJECTIONS + first + which];
-      const int64_t from = piece % parts * 8;
-      if (from >= pair.rank) return;
-      const int ranks = int(std::min<int64_t>(8, pair.rank - from));
-      const T* A = static_cast<const T*>(pair.A) + from * size;
+      const int64_t from = piece % parts * RANKS;
+      const int ranks = int(std::min<int64_t>(RANKS, pair.rank - from));
+      const T* ahead = next < 0 ? nullptr : rows_of(next);
       for (int64_t begin = group.begin; begin < group.end; begin += STRIP) {
         const int rows = int(std::min<int64_t>(STRIP, group.end - begin));
-        const T* read[STRIP];
-        alignas(64) float out[STRIP][8];
+        const T* read[STRIP] = {};
+        alignas(64) float out[STRIP][RANKS];
         for (int m = 0; m < rows; ++m) read[m] = x + step_.entry_tokens[begin + m] * size;
-        multiply(read, rows, Weights<T>{A, nullptr, nullptr}, ranks, size, out[0], 8);
+        multiply(read, rows, Weights<T>{A, ahead, nullptr}, ranks, size, out[0], RANKS);
         for (int m = 0; m < rows; ++m) {
           const float scale = float(pair.scale) * step_.entry_weights[begin + m];
           T* to = hidden(which, begin + m) + from;
