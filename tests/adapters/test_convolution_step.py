@@ -52,9 +52,10 @@ def test_it_is_the_plain_formula(name: str, dropout: float, monkeypatch) -> None
         torch.testing.assert_close(own, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_gradients_are_right(name: str) -> None:
-    model, x = adapted(name, dropout=0.3)
+def test_gradients_are_right(name: str, dropout: float) -> None:
+    model, x = adapted(name, dropout)
     model.train()
     A, B = adapter_parameters(model, "a").values()
 
@@ -81,13 +82,27 @@ def test_only_the_input_is_kept() -> None:
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), use(model, "a"):
         model(x)
-    num_lines = x.numel() // x.shape[-1]
-    assert sum(kept.values()) == x.numel() * 4 + num_lines * 8
+    num_channels = x.shape[0] * x.shape[1]
+    assert sum(kept.values()) == x.numel() * 4 + num_channels * 8
+
+
+def test_half_precision_keeps_what_a_merged_kernel_would_round_away() -> None:
+    model, x = adapted("2d", dtype=torch.float32)
+    model.to(torch.bfloat16).eval()
+    pair = model[0].adapters.get("a")
+    pair.float()
+    pair.B.data *= 1e-3
+    with use(model, "a"):
+        y = model(x.bfloat16()).float()
+    change = y - model(x.bfloat16()).float()
+    kernel = (pair.scale * pair.B @ pair.A).view_as(model[0].weight)
+    wanted = model[0]._conv_forward(x, kernel, None)
+    assert (change - wanted).norm() < 1.5 * wanted.norm()  # the output's own rounding
 
 
 @pytest.mark.parametrize("mode", ["reflect", "circular"])
 def test_other_paddings_run_by_the_plain_formula(mode: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode)).eval()
     attach(model, LoRAConfig(rank=2, targets=["0"]), name="a", seed=0)
     pair = model[0].adapters.get("a")
     pair.B.data.normal_()

@@ -1,10 +1,13 @@
 """The training step of an adapted convolution: one autograd function that keeps the input alone.
 
 `y = W * x + b + s B (A * (m x))` with a dropout mask m (`*` convolves, B mixes channels at each
-position). The mask, the masked input, `A * x` and the low-rank output are made again in the
-backward pass; all but `A * x` cost no product. The plain formula is `layers.low_rank`.
+position). The mask, the masked input and `A * x` are made again in the backward pass. Where nothing
+is dropped, and the output has more positions than channels, the pair goes into the kernel instead,
+`y = (W + s B A) * x + b`: one walk over the input less in either direction. Not in half precision,
+which would round the pair away. The plain formula is `layers.low_rank`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, no_type_check
 
@@ -14,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loralab.adapters.items import Pair
-from loralab.adapters.noise import Places, draw_places, kept, mask_at
+from loralab.adapters.layers import CONVOLUTION
+from loralab.adapters.noise import Places, draw_places, mask_at
 from loralab.adapters.routes import Mix
 
 _FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
@@ -89,7 +93,7 @@ def convolution_step(
     B: Float[Tensor, "out rank"],
 ) -> Float[Tensor, "batch out *_"]:
     """The adapted convolution's output, differentiable in `x` and the factors."""
-    places = draw_places(x) if convolution.dropout else None
+    places = draw_places(CONVOLUTION.lines(x)) if convolution.dropout else None
     return ConvolutionStep.apply(x, convolution, places, A, B)
 
 
@@ -103,7 +107,10 @@ class ConvolutionStep(torch.autograd.Function):
     ) -> Tensor:
         ctx.own = own
         ctx.save_for_backward(x, places, A, B)
-        dropped = x if places is None else kept(x, places, own.dropout)
+        if _merges(own, x):
+            return _convolve(x, _merged(own, A, B), own.bias, own.geometry)
+        mask = _mask(x, places, own)
+        dropped = x if mask is None else mask.mul_(x)
         hidden = _convolve(dropped, _shrinking(own, A, x.dtype), None, own.geometry)
         y = _convolve(x, own.weight, own.bias, own.geometry)
         expanding = _expanding(own, B, x.dtype)
@@ -116,23 +123,48 @@ class ConvolutionStep(torch.autograd.Function):
         x, places, A, B = ctx.saved_tensors
         own, geometry = ctx.own, ctx.own.geometry
         wants_input = ctx.needs_input_grad[0]
-        mask = None if places is None else mask_at(x, places, own.dropout)
+        mask = _mask(x, places, own)
         dropped = x if mask is None else mask * x
         shrinking, expanding = _shrinking(own, A, x.dtype), _expanding(own, B, x.dtype)
         hidden = _convolve(dropped, shrinking, None, geometry)
         grad_hidden, grad_B = _backward(g, hidden, expanding, geometry.pointwise)
         grad_hidden.mul_(own.scale)
+        merges = _merges(own, x)
         grad_dropped, grad_A = _backward(
-            grad_hidden, dropped, shrinking, geometry, wants_input=wants_input
+            grad_hidden, dropped, shrinking, geometry, wants_input=wants_input and not merges
         )
         grad_A = grad_A.unflatten(0, (geometry.groups, -1)).sum(0)
         grads = grad_A.view(A.shape).to(A.dtype), grad_B.view(B.shape).to(B.dtype).mul_(own.scale)
         if not wants_input:
             return None, None, None, *grads
-        if mask is not None:
-            grad_dropped.mul_(mask)
-        grad_x, _ = _backward(g, x, own.weight, geometry, wants_kernel=False)
-        return grad_x.add_(grad_dropped), None, None, *grads
+        kernel = _merged(own, A, B) if merges else own.weight
+        grad_x, _ = _backward(g, x, kernel, geometry, wants_kernel=False)
+        if grad_dropped is not None:
+            grad_x.add_(grad_dropped if mask is None else grad_dropped.mul_(mask))
+        return grad_x, None, None, *grads
+
+
+def _mask(x: Tensor, places: Places | None, own: Convolution) -> Tensor | None:
+    if places is None:
+        return None
+    return mask_at(CONVOLUTION.lines(x), places, own.dropout).view(x.shape)
+
+
+def _merges(own: Convolution, x: Float[Tensor, "batch channels *places"]) -> bool:
+    """Whether the pair goes into the kernel for this input."""
+    strides = math.prod(own.geometry.stride)
+    positions = x.shape[0] * math.prod(x.shape[2:]) // strides
+    exact = x.dtype in (torch.float32, torch.float64)
+    return exact and not own.dropout and positions >= own.weight.shape[0]
+
+
+def _merged(
+    own: Convolution, A: Float[Tensor, "rank columns"], B: Float[Tensor, "out rank"]
+) -> Float[Tensor, "out channels *kernel"]:
+    """`W + s B A`."""
+    flat = own.weight.flatten(1)
+    delta = A.to(flat.dtype), B.to(flat.dtype)
+    return torch.addmm(flat, delta[1], delta[0], alpha=own.scale).view_as(own.weight)
 
 
 def _shrinking(

@@ -70,7 +70,8 @@ class Pair(nn.Module):
         `m / ||W + s B A|| (W x + s B A x) - W x`.
         """
         if self.drops(x):
-            x = kept(x, draw_places(x), self.dropout) / (1 - self.dropout)
+            lines = path.lines(x)
+            x = kept(lines, draw_places(lines), self.dropout).view(x.shape) / (1 - self.dropout)
         A, B = self.factors()
         if self.magnitude is None:
             return low_rank(module, path, x, A, B, self.scale * weight, y.dtype)

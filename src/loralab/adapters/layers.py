@@ -43,6 +43,11 @@ class Path(ABC):
         """One value an output, shaped to meet the layer's output `y`."""
         return values
 
+    @no_type_check
+    def lines(self, x: Tensor) -> Tensor:
+        """The input as lines whose entries are dropped by a mask from one place (see `noise`)."""
+        return x
+
 
 class LinearPath(Path):
     """nn.Linear; the weight is (out, in)."""
@@ -136,6 +141,10 @@ class ConvolutionPath(Path):
     @no_type_check
     def per_output(self, values: Float[Tensor, "out"], y: Tensor) -> Tensor:
         return values.view(-1, *(1 for _ in y.shape[2:]))
+
+    @no_type_check
+    def lines(self, x: Tensor) -> Tensor:
+        return x.flatten(2)  # a channel of an image
 
     @no_type_check
     def expand(self, module: nn.Module, hidden: Tensor, B: Tensor) -> Tensor:
