@@ -13,7 +13,7 @@ import torch
 from serving_models import NEAR, PeftOracle, Receiver, byte_tokenizer, peft_adapter, tiny_llama
 
 from loralab.adapters import content_hash, read_adapter
-from loralab.errors import AdapterError
+from loralab.errors import AdapterError, CapacityError
 from loralab.serving import Engine, MergedMode, MergePolicy, PlainRunner, Request, Sampling
 from loralab.serving.fast import fast_runner
 from loralab.serving.place import EnginePlace
@@ -53,7 +53,7 @@ class Client(threading.Thread):
             wanted = self.draw.choices([0, 1, 2], [1, 8, 1])[0]
             names = [f"a{self.draw.randrange(NUM_ADAPTERS)}" for _ in range(wanted)]
             try:
-                lease = self.store.lease(names).result(timeout=120)
+                lease = self.store.lease(names).result(timeout=600)
             except (AdapterError, CancelledError):
                 continue  # it is unloaded just now
             with lease:
@@ -77,7 +77,7 @@ class Client(threading.Thread):
                         done.set()
 
                 self.engine.submit(request, deliver)
-                assert done.wait(timeout=240)
+                assert done.wait(timeout=600)
             contents = {version.content: weight for version, weight in weights.items()}
             self.answers.append((prompt, contents, receiver))
 
@@ -99,7 +99,7 @@ def disturb(store: AdapterStore, registry: Path, stop: threading.Event) -> None:
             time.sleep(0.01)
             try:
                 store.load(name, name).result(timeout=60).release()
-            except CancelledError:
+            except (CancelledError, CapacityError):
                 return
         time.sleep(0.02)
 
