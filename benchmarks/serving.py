@@ -23,14 +23,14 @@ load_ms: from an adapter's folder into the running runner. restore_ms: from merg
 """
 
 import argparse
-import importlib
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -242,53 +242,11 @@ def _restoring(model: nn.Module, runner: Runner, rounds: int) -> float:
 
 
 def _llama_cpp(folder: Path, threads: int) -> dict[str, float]:
-    """Tokens a second of xllamacpp's servers; the prompt is one token.
-
-    One request has a server of its own, for one sequence and with one adapter: its best settings.
-    """
-    many, single = (_LlamaServer(folder, threads, *sizes) for sizes in ((BATCH, 8), (1, 1)))
-    return {
-        "base": max(many.rate([None] * BATCH) for _ in range(2)),
-        "eight_adapters": max(many.rate([i % 8 for i in range(BATCH)]) for _ in range(2)),
-        "one_request": max(single.rate([0]) for _ in range(3)),
-        "one_base": max(single.rate([None]) for _ in range(3)),
-    }
-
-
-class _LlamaServer:
-    """llama.cpp with so many sequences at once and so many adapters."""
-
-    def __init__(self, folder: Path, threads: int, num_sequences: int, num_adapters: int) -> None:
-        xllamacpp: Any = importlib.import_module("xllamacpp")
-        settings = xllamacpp.CommonParams()
-        settings.model.path = str(next(fetch("smollm2").glob("*.gguf")))
-        settings.n_parallel, settings.n_ctx = num_sequences, num_sequences * MAX_TOKENS
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-        settings.lora_adapters = [
-            xllamacpp.CommonAdapterLoraInfo(str(folder / f"a{i}.gguf"), 0.0)
-            for i in range(num_adapters)
-        ]
-        settings.fit_params, settings.verbosity = False, -1
-        self._server, self._num_adapters = xllamacpp.Server(settings), num_adapters
-        self._ask(None)
-
-    def rate(self, adapters: Sequence[int | None]) -> float:
-        """Tokens a second of all these requests together."""
-        with ThreadPoolExecutor(len(adapters)) as pool:
-            start = time.perf_counter()
-            count = sum(pool.map(self._ask, adapters))
-            return round(count / (time.perf_counter() - start), 1)
-
-    def _ask(self, adapter: int | None) -> int:
-        request = {
-            "prompt": "The",
-            "n_predict": 40,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-            "lora": [{"id": i, "scale": float(i == adapter)} for i in range(self._num_adapters)],
-        }
-        return int(self._server.handle_completions(request)["usage"]["completion_tokens"])
+    """Tokens a second of llama.cpp, measured in a process of its own."""
+    script, gguf = Path(__file__).with_name("serving_peer.py"), fetch("smollm2").glob("*.gguf")
+    command = [sys.executable, script, next(gguf), folder, "--threads", str(threads)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _arguments() -> argparse.Namespace:
