@@ -67,7 +67,9 @@ def test_every_answer_is_its_adapters_own(tmp_path: Path) -> None:
     root = tmp_path / "registry"
     for number in range(NUM_ADAPTERS):
         write_adapter_folder(root / f"a{number}", seed=number + 1, rank=1 + number % 8)
-    asked = [(f"a{random.Random(n).randrange(NUM_ADAPTERS)}", prompt_of(n)) for n in range(500)]
+    asked = [
+        (f"a{random.Random(n).randrange(NUM_ADAPTERS)}", prompt_of(n)) for n in range(NUM_REQUESTS)
+    ]
     model = llama()
     expected: dict[tuple[str, str], tuple[str, float]] = {}
     for name in sorted({name for name, _ in asked}):

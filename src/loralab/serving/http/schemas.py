@@ -5,7 +5,7 @@ A field that is unknown, or asks for what this server does not do, is refused: n
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from loralab.serving.requests import Sampling
 from loralab.serving.store import NAME
@@ -22,10 +22,16 @@ def _readable(text: str) -> str:
     return text
 
 
+def _whole(value: Any) -> Any:
+    """In JSON 7.0 is a whole number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
 Text = Annotated[str, AfterValidator(_readable)]
 Prompt = Annotated[Text, Field(min_length=1)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31), WHOLE]], Field(min_length=1)]
 Texts = (
     Prompt
     | Annotated[list[Prompt], Field(min_length=1, max_length=MOST_PROMPTS)]
@@ -41,7 +47,7 @@ ModelName = Annotated[
     ),
 ]
 Probability = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1, le=2**31)]
+Count = Annotated[int, Field(ge=1, le=2**31), WHOLE]
 
 
 class Body(BaseModel):
@@ -67,12 +73,12 @@ class Generate(Body):
     model: ModelName
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = 1
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS), WHOLE] | None = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Probability | None = 1.0
-    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = 0
+    top_k: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = 0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = 1.0
     ignore_eos: bool | None = False
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -113,8 +119,8 @@ class CompletionBody(Generate):
     """`/v1/completions`."""
 
     prompt: Texts
-    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] | None = None
     echo: bool | None = False
     best_of: Literal[1] | None = None
     suffix: None = None
@@ -164,7 +170,7 @@ class ChatBody(Generate):
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS), WHOLE] | None = None
     response_format: PlainFormat | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -217,7 +223,7 @@ class UnloadBody(Body):
     """`/v1/unload_lora_adapter`: vLLM's fields."""
 
     lora_name: Name
-    lora_int_id: int | None = None
+    lora_int_id: Annotated[int, WHOLE] | None = None
 
 
 def _or(value: float | None, usual: float) -> float:
