@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from loralab import __version__
 from loralab.adapters import Adapter, detach, fingerprint, hosted, install, misfits, walk
 from loralab.errors import AdapterError, OutputError, RequestError
 from loralab.files import write_json
@@ -131,7 +130,7 @@ class EnginePlace:
             return None
         how = type(self.engine.runner or self.engine.encoder).__name__
         probes = [asdict(probe) for probe in adapter.probes]
-        facts = [PROOF_VERSION, __version__, torch.__version__, self.dtype, how, probes]
+        facts = [PROOF_VERSION, version("loralab"), torch.__version__, self.dtype, how, probes]
         return self.cache / self.base[:16] / f"{version.content}-{_hash(facts)[:16]}.json"
 
     def _known(self, version: Version, adapter: Adapter) -> Proof | None:

@@ -1,10 +1,10 @@
 """The application: routes, guards, errors."""
 
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from loralab import __version__
 from loralab.serving.http import administration, completions, vectors
 from loralab.serving.http.errors import install_handlers
 from loralab.serving.http.guards import BodyLimit, HostCheck
@@ -20,7 +20,7 @@ def create_app(service: Service, *, hosts: Sequence[str] = LOOPBACK) -> FastAPI:
     """
     app = FastAPI(
         title="loralab",
-        version=__version__,
+        version=version("loralab"),
         description="Many adapters on one frozen base, in OpenAI's API.",
         docs_url=None,
         redoc_url=None,
