@@ -130,7 +130,14 @@ class EnginePlace:
             return None
         how = type(self.engine.runner or self.engine.encoder).__name__
         probes = [asdict(probe) for probe in adapter.probes]
-        facts = [PROOF_VERSION, version("loralab"), torch.__version__, self.dtype, how, probes]
+        facts = [
+            PROOF_VERSION,
+            metadata.version("loralab"),
+            torch.__version__,
+            self.dtype,
+            how,
+            probes,
+        ]
         return self.cache / self.base[:16] / f"{version.content}-{_hash(facts)[:16]}.json"
 
     def _known(self, version: Version, adapter: Adapter) -> Proof | None:
