@@ -1,6 +1,7 @@
 """The fast runner gives what the model gives under `use`, whatever stands beside a row."""
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -160,6 +161,20 @@ def test_a_row_depends_on_nothing_beside_it_bit_for_bit(dtype: torch.dtype) -> N
         rest = [Chunk(i, text[3:], 3, ENTRIES[i]) for i, text in enumerate(texts)]
         together = runner.forward(rest[::-1])[torch.tensor([4, 3, 2, 1, 0])]
         assert all(torch.equal(row, each[-1]) for row, each in zip(together, alone, strict=True))
+
+
+@needs_kernel
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_gives_the_same() -> None:
+    runner = runner_of(build_model(), "kernel")
+    torch.set_num_threads(2)
+    before = runner.all_logits(Chunk(0, tokens(9), 0, None)).clone()
+    child = os.fork()
+    if child == 0:  # says by its exit whether it got the same, and ends as a process does
+        same = torch.equal(runner.all_logits(Chunk(0, tokens(9), 0, None)), before)
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @needs_kernel

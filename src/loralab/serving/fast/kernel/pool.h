@@ -121,11 +121,15 @@ class Team {
   alignas(64) std::atomic<int64_t> generation_{0};
 };
 
-// The team of this process with so many threads; a team of before a fork is left alone.
+// The team of this process with so many threads. The last one is never ended, nor is one of before a
+// fork: its threads are not in this process, and waiting for them would take for ever.
 inline Team& team_of(int size) {
-  static std::unique_ptr<Team> team;
-  if (team && !team->lives_here()) team.release();
-  if (!team || team->size() != size) team = std::make_unique<Team>(size);
+  static Team* team = nullptr;
+  if (team != nullptr && team->lives_here() && team->size() != size) {
+    delete team;
+    team = nullptr;
+  }
+  if (team == nullptr || !team->lives_here()) team = new Team(size);
   return *team;
 }
 
