@@ -170,7 +170,7 @@ def test_models_tell_version_and_proof(server: Server) -> None:
         ({"model": "reviews=1,tiny=1", "prompt": "x"}, 400, "'tiny' is the base"),
         ({"model": "reviews=1,tweets=1,elsewhere=1", "prompt": "x"}, 400, "this server has 2"),
         ({"model": "tiny", "prompt": "y" * 200}, 400, "more than this server's 128"),
-        ({"model": "tiny", "prompt": ""}, 400, "at least 1 character"),
+        ({"model": "tiny", "prompt": ""}, 400, "prompt"),
         ({"model": "tiny", "prompt": "x", "stream_options": {}}, 400, "for stream=true alone"),
         ({"model": "tiny", "prompt": "x", "max_tokens": "7"}, 400, "max_tokens"),
         ({"model": "tiny", "prompt": "x", "temprature": 1}, 400, "temprature: Extra inputs"),
