@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 
 import torch
