@@ -241,7 +241,8 @@ def main() -> None:
         print(json.dumps(seed_cap(), indent=1))
         return
     if chosen.plans:
-        print(json.dumps([planned(each, chosen.device) for each in GPU_SETTINGS], indent=1))
+        for setting in GPU_SETTINGS:
+            print(json.dumps(planned(setting, chosen.device)), flush=True)
         return
     if chosen.device not in ("cpu", "cuda"):
         parser.error("what is run is run here: --device cpu or cuda")

@@ -26,7 +26,7 @@ from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.targets import follow_attention, packed_faults, row_conflicts, select, walk
 from loralab.adapters.using import hosted, merged_name
 from loralab.errors import AdapterError, TargetError
-from loralab.lowrank import Initialiser, Start, initialiser, kaiming
+from loralab.lowrank import MOVES_THE_BASE, Factors, Initialiser, Start, initialiser, kaiming
 
 logger = logging.getLogger("loralab")
 WEIGHTLESS_INITS = frozenset({"kaiming", "gaussian", "orthogonal"})  # they read only the shape
@@ -156,7 +156,8 @@ def draw(
     if weight.is_meta:
         shapes = (rank, weight.shape[1]), (weight.shape[0], rank)
         A, B = (weight.new_empty(shape, dtype=torch.float32) for shape in shapes)
-        return Start(A, B)
+        moved = Factors(A, B) if config.init in MOVES_THE_BASE else None
+        return Start(A, B, base_change=moved)
     device = weight.device
     if strategy is None and config.init in WEIGHTLESS_INITS:  # on the CPU: alike on every device
         weight = torch.empty(1).expand(weight.shape)

@@ -19,6 +19,7 @@ from loralab.lowrank.factors import (
 )
 from loralab.lowrank.initialisers import (
     INITIALISERS,
+    MOVES_THE_BASE,
     Initialiser,
     InputSpectrum,
     Start,
@@ -66,6 +67,7 @@ from loralab.lowrank.streaming import RowStream, approximate
 
 __all__ = [
     "INITIALISERS",
+    "MOVES_THE_BASE",
     "SCALINGS",
     "SVD",
     "Approximation",

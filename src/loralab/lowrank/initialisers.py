@@ -246,6 +246,8 @@ INITIALISERS: dict[str, Initialiser] = {
     "pissa": pissa,
     "olora": olora,
 }
+MOVES_THE_BASE = frozenset({"pissa", "olora", "lora_ga"})
+"""Names of those whose `Start` has a `base_change`."""
 
 
 def initialiser(name: str) -> Initialiser:

@@ -25,13 +25,12 @@ from loralab.config import MethodSection, Task, TrainingSection
 from loralab.data import Encoded, sample
 from loralab.errors import ConfigError, ResumeError, TargetError, nearest
 from loralab.files import replacing
-from loralab.lowrank import Factors, Initialiser, Number, Start
+from loralab.lowrank import MOVES_THE_BASE, Factors, Initialiser, Number, Start
 from loralab.models import evaluating
 from loralab.training.batches import batch_for
 
 START_FILE = "start.safetensors"
 FROM_DATA = frozenset({"eva", "lora_ga"})
-MOVES_THE_BASE = frozenset({"pissa", "olora", "lora_ga"})
 KEPT = FROM_DATA | MOVES_THE_BASE  # the others are drawn on the CPU, alike wherever they are drawn
 
 
