@@ -91,8 +91,7 @@ def test_keys_are_made_and_shown_once(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_port_in_use_is_named(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from loralab.serving.http import listen
 
-    taken = listen("127.0.0.1", 0)
-    port = str(taken.getsockname()[1])
-    assert main(["serve", "--base", str(world / "tiny"), "--port", port]) == 2
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--base", str(world / "tiny"), "--port", port]) == 2
     assert f"127.0.0.1:{port} cannot be listened on" in " ".join(capsys.readouterr().err.split())
-    taken.close()

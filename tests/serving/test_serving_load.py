@@ -120,7 +120,7 @@ def test_every_answer_is_the_offline_answer_of_its_adapter(kind, registry, tmp_p
         assert not isinstance(runner, PlainRunner)
     merging = MergedMode(model, MergePolicy(saving=0.5, cost_seconds=0.01))
     engine = Engine(runner, byte_tokenizer(), merging=merging, prefill_tokens=32)
-    place = EnginePlace(engine, model, prompts=[(97, 98, 99)])
+    place = EnginePlace(engine, model, prompts=[(97, 98, 99)], cache=tmp_path / "proofs")
     engine.start()
     store = AdapterStore(Registry(root), place, num_slots=12)
     stop = threading.Event()

@@ -78,7 +78,8 @@ def test_every_answer_is_its_adapters_own(tmp_path: Path) -> None:
             expected[name, prompt] = greedy(model, prompt, name)
         detach(model, name)
 
-    with serving(root, num_slots=8, max_batch_size=16) as server:
+    proofs = tmp_path / "proofs"  # as a real server: what was proved once is known
+    with serving(root, num_slots=8, max_batch_size=16, proofs=proofs) as server:
         stop = threading.Event()
         trouble = threading.Thread(target=disturb, args=(server, root, stop))
         trouble.start()
