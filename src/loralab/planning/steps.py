@@ -8,7 +8,8 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from random import Random
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -144,7 +145,12 @@ def real_step(config: RunConfig, kind: StepKind, device: torch.device) -> Step:
     keeps_cache = _keeps_cache(model) and not config.training.activation_checkpointing
     if kind == "own" or config.method.kind != "lora":
         trainable = prepare(
-            model, config.method, config.training, task=config.model.task, device=device, rows=rows
+            model,
+            config.method,
+            config.training,
+            task=config.model.task,
+            device=device,
+            rows=_varied(rows, model),
         )
         if kind == "own":
             return repeatable_step(trainable, rows)
@@ -277,6 +283,19 @@ def rows_for(config: RunConfig) -> list[Encoded]:
     count = config.training.batch_size * config.training.accumulation
     longest = config.data.max_tokens
     return [_row(config, index, longest - (index > 0 and longest > 1)) for index in range(count)]
+
+
+def _varied(rows: Sequence[Encoded], model: nn.Module) -> list[Encoded]:
+    """Rows of the same lengths with ids from all of the vocabulary, for starts made from data.
+
+    One token over and over has one direction: EVA would leave most modules without a rank.
+    """
+    vocabulary = range(cast(Any, model).get_input_embeddings().num_embeddings)
+    draws = Random(0)
+    return [
+        dataclasses.replace(row, input_ids=tuple(draws.choices(vocabulary, k=len(row.input_ids))))
+        for row in rows
+    ]
 
 
 def _row(config: RunConfig, index: int, length: int) -> Encoded:
