@@ -19,8 +19,9 @@ ANSWER_WEIGHT = 2
 """What a token of an answer costs, in tokens of a prompt (as in the paper)."""
 
 GREED = 2
-"""A tenant may have so many times the queue's free places waiting (Choudhury and Hahne's dynamic
-threshold): one alone fills two thirds of the queue, the next two thirds of the rest."""
+"""A tenant may have so many times the free places (the dynamic threshold of Choudhury and Hahne
+1998): one alone fills two thirds of them, the next two thirds of the rest, so that a newcomer finds
+some. The HTTP server's places are shared by the same rule."""
 
 REMEMBERED = 1000
 """Tenants whose accounts are kept while they are away."""

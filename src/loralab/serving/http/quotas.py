@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 from loralab.errors import CapacityError
 from loralab.serving.http.errors import QuotaError
+from loralab.serving.scheduler import GREED
 
 DEFAULT = "default"
-GREED = 4
-"""An adapter may have so many times the free places (a dynamic threshold, Choudhury and Hahne
-1998): alone it has four fifths of them, and a newcomer always finds one."""
 
 
 @dataclass(frozen=True)
