@@ -30,7 +30,7 @@ from loralab.adapters.peft_format import (
 from loralab.adapters.probes import Probe
 from loralab.adapters.routes import carry
 from loralab.adapters.rows import declare_rows, declare_tokens
-from loralab.adapters.saving import install, load_adapter, save_adapter
+from loralab.adapters.saving import collector_paused, install, load_adapter, save_adapter
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.step import EVERY_ROW, SharedInput, draw_mask, project, project_backward
 from loralab.adapters.streaming_merge import merge_checkpoint
@@ -63,6 +63,7 @@ __all__ = [
     "change_at",
     "combination",
     "combine",
+    "collector_paused",
     "content_hash",
     "count_parameters",
     "declare_rows",

@@ -43,12 +43,12 @@ def load_adapter(
     model: nn.Module, path: str | Path, name: str = "default", *, check_base: bool = True
 ) -> None:
     """Reads a PEFT folder and attaches it; see `install` for what is checked first."""
-    with _collector_paused():
+    with collector_paused():
         _put_on(model, read_adapter(path), name, check_base, copy=False)
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """No passes of the garbage collector meanwhile.
 
     A load makes thousands of objects, all of which stay. They would set off passes over everything
@@ -64,15 +64,24 @@ def _collector_paused() -> Iterator[None]:
 
 
 def install(
-    model: nn.Module, adapter: Adapter, name: str = "default", *, check_base: bool = True
+    model: nn.Module,
+    adapter: Adapter,
+    name: str = "default",
+    *,
+    check_base: bool = True,
+    copy: bool = True,
 ) -> None:
     """Attaches an adapter that exists as a value, which stays as it is; its parameters train.
+
+    copy=False: they share the value's memory, for models that only serve; what is written to one
+    is written to both.
 
     Every name and shape is compared with the model's first. Raises `AdapterError` that lists all
     mismatches, or says how the base differs from the adapter's own (unless `check_base=False`);
     the model is as before then.
     """
-    _put_on(model, adapter, name, check_base, copy=True)
+    with collector_paused():
+        _put_on(model, adapter, name, check_base, copy)
 
 
 def _put_on(model: nn.Module, adapter: Adapter, name: str, check_base: bool, copy: bool) -> None:

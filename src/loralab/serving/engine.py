@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from loralab.adapters import collector_paused
 from loralab.errors import CapacityError, RequestError
 from loralab.serving import jobs as work
 from loralab.serving.answer import Deliver, Ticket
@@ -210,7 +211,8 @@ class Engine:
                 future.set_result(result)
             finally:
                 if changes and self.runner is not None:
-                    self.runner.adapters_changed()
+                    with collector_paused():
+                        self.runner.adapters_changed()
         return bool(calls)
 
     def _drop_cancelled(self) -> None:

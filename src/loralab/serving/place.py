@@ -57,7 +57,7 @@ class EnginePlace:
 
     def attach(self, version: Version, adapter: Adapter) -> Proof:
         """Hosts the adapter and proves it. Raises `AdapterError`; it is not hosted then."""
-        self.engine.call(lambda: install(self.model, adapter, version.hosted)).result()
+        self.engine.call(lambda: install(self.model, adapter, version.hosted, copy=False)).result()
         try:
             return self._proof(version, adapter)
         except BaseException:

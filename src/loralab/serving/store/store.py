@@ -293,7 +293,9 @@ class AdapterStore:
         fault: Exception | None = None
         stored = None
         try:
-            stored = read_checked(self.registry, entry.folder, self.limits, self.place.misfits)
+            stored = read_checked(
+                self.registry, entry.folder, self.limits, self.place.misfits, entry.known
+            )
         except Exception as error:
             fault = error
         with self._lock:
@@ -344,10 +346,11 @@ class AdapterStore:
         with self._lock:
             adapter = self._memory.get(version)
             entry = self._names.find(version.name)
+            known = {} if entry is None else entry.known
         if adapter is not None:
             return adapter
         folder = version.name if entry is None else entry.folder
-        stored = read_checked(self.registry, folder, self.limits, self.place.misfits)
+        stored = read_checked(self.registry, folder, self.limits, self.place.misfits, known)
         if stored.content != version.content:
             raise CapacityError(
                 f"adapter {version.fingerprint} was replaced while it was being loaded",
