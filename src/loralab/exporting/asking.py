@@ -256,8 +256,8 @@ def choose_model(served: Served, name: str | None, exported: str) -> str:
     """
     known = served.models
     if name is not None:
-        # SGLang serves "base:adapter" without listing it
-        if not known or name in known or ":" in name:
+        # served without being listed: SGLang's "base:adapter", this project's mixes "adapter=0.5"
+        if not known or name in known or ":" in name or "=" in name:
             return name
         raise ServerError(f"the server has no model {name!r}", f"{nearest(name, known)}")
     if exported in known:
