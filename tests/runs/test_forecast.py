@@ -1,10 +1,14 @@
 """A run states its memory plan, stops where it cannot fit, and measures what a step took."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from loralab.errors import PlanError
 from loralab.events import Note
+from loralab.measuring.memory import Watched
 from loralab.planning import devices
+from loralab.runs import forecast
 from loralab.runs.train import train
 
 
@@ -34,3 +38,15 @@ def test_told_otherwise_it_warns_and_starts(settings, tmp_path, monkeypatch):
     train(settings(training__memory_plan="warn"), tmp_path / "run", listen=told.append)
     warnings = [e for e in told if isinstance(e, Note) and e.warning and e.topic == "memory-plan"]
     assert len(warnings) == 1
+
+
+def test_a_plan_that_is_further_off_than_its_error_bar_is_told(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast, "SLACK_BYTES", 0)
+    monkeypatch.setattr(forecast, "watch_peak", lambda device: nullcontext(Watched(2**30)))
+    told = []
+    one = settings(training__memory_plan="stop", training__epochs=1)
+    run = train(one, tmp_path / "run", listen=told.append)
+    warned = [e.text for e in told if isinstance(e, Note) and e.warning and "error bar" in e.text]
+    assert len(warned) == 1
+    assert "the plan said" in warned[0]
+    assert run.manifest["memory"]["error"] < -0.9
