@@ -168,6 +168,7 @@ class TrainingSection(Section):
     activation_checkpointing: bool = False
     offload_activations: bool = False  # to pinned memory of the host, for long rows on a GPU
     fuse_blocks: bool = True  # blocks found by structure run as one autograd function
+    compile: Literal["off", "on", "auto"] = "off"  # the other blocks; "auto" times both ways
     cache_frozen_prefix: bool = False  # frozen lower blocks run once a row, without dropout
     evaluations_per_epoch: PositiveInt = 1
     patience: PositiveInt | None = None  # stop after so many validations without improvement

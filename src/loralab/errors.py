@@ -38,6 +38,10 @@ class ModelError(LoralabError):
     """A model or tokenizer that cannot be found, read or used for the task."""
 
 
+class CompileError(LoralabError):
+    """Blocks that `torch.compile` cannot compile here: no compiler, or one that fails."""
+
+
 class DataError(LoralabError):
     """Rows that are missing, unreadable or unusable for the task."""
 

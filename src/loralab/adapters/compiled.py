@@ -22,17 +22,20 @@ _banks: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def register(bank: Any) -> int:
-    """A number under which compiled code finds the bank again."""
+def register(bank: Any) -> Tensor:
+    """A number under which compiled code finds the bank again.
+
+    A tensor, so that it is an input: modules that differ in nothing else share their code.
+    """
     number = next(_numbers)
     _banks[number] = bank
-    return number
+    return torch.tensor(number, device="cpu")
 
 
 @torch.library.custom_op("loralab::row_weights", mutates_args=())
-def row_weights(x: Tensor, bank: int, names: str, training: bool) -> Tensor:
+def row_weights(x: Tensor, bank: Tensor, names: str, training: bool) -> Tensor:
     """(rows, adapters) weights of the route in force for the calling thread, or (1, adapters)."""
-    hosting = _banks[bank]
+    hosting = _banks[int(bank)]
     known = names.split("/")
     route = route_in_force(hosting.host)
     if not isinstance(route, Route):
@@ -54,7 +57,7 @@ def row_weights(x: Tensor, bank: int, names: str, training: bool) -> Tensor:
 
 
 @row_weights.register_fake
-def _(x: Tensor, bank: int, names: str, training: bool) -> Tensor:
+def _(x: Tensor, bank: Tensor, names: str, training: bool) -> Tensor:
     return x.new_empty(x.shape[0], len(names.split("/")), dtype=torch.float32)
 
 

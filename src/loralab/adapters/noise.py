@@ -49,6 +49,8 @@ def draw_places(x: Float[Tensor, "*rows width"], stream: Generator | None = None
     width = x.shape[-1]
     num_rows = x.numel() // max(1, width)
     highest = num_flips(width) - width + 1
+    if stream is None:  # compilers know a generator only where it goes without saying
+        return torch.randint(highest, (num_rows,), device=x.device)
     return torch.randint(highest, (num_rows,), generator=stream, device=x.device)
 
 
@@ -69,7 +71,20 @@ def kept(
     x: Float[Tensor, "*rows width"], places: Places, dropout: float | int
 ) -> Float[Tensor, "*rows width"]:
     """`x` where its mask says keep, else 0."""
+    if torch.compiler.is_compiling():
+        return opaque_mask(x.detach(), places, float(dropout)) * x
     return mask_at(x, places, dropout).mul_(x)
+
+
+@torch.library.custom_op("loralab::mask_at", mutates_args=())
+def opaque_mask(x: Tensor, places: Tensor, dropout: float) -> Tensor:
+    """`mask_at` for compiled code, which must not trace the making of the table."""
+    return mask_at(x, places, dropout)
+
+
+@opaque_mask.register_fake
+def _(x: Tensor, places: Tensor, dropout: float) -> Tensor:
+    return torch.empty_like(x)
 
 
 def num_flips(width: int) -> int:

@@ -66,6 +66,7 @@ seed = 0
 evaluations_per_epoch = 1 # validations; the best checkpoint is restored at the end
 # patience = 3            # stop after so many validations without improvement
 checkpoint_steps = 50     # a killed run resumes from the last one, bit for bit
+# compile = "auto"        # "on": torch.compile for blocks; "auto": long runs try what is faster
 # activation_checkpointing = true
 # offload_activations = true  # to the host's memory: long rows on a GPU
 device = "auto"           # cuda, then mps, then cpu

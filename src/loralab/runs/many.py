@@ -15,7 +15,13 @@ from loralab.events import Listener, Note, Phase, Progress, ignore
 from loralab.runs.folder import MANIFEST, Run, open_run
 from loralab.runs.sinks import require_sinks
 from loralab.runs.train import HELD_OUT, begin, conclude, event_facts, start_of
-from loralab.runs.workbench import Workbench, base_model, open_workbench, settle_dtype
+from loralab.runs.workbench import (
+    Workbench,
+    base_model,
+    open_workbench,
+    settle_dtype,
+    without_compiling,
+)
 from loralab.training import (
     SHARED,
     Failed,
@@ -66,7 +72,7 @@ def train_many(
     Raises `ConfigError` that names every setting in which the runs must not differ; otherwise as
     `train`. A run whose loss is no number is marked as failed; the others go on.
     """
-    configs = [settle_dtype(config, listen) for config in configs]
+    configs = [without_compiling(settle_dtype(config, listen), listen) for config in configs]
     check_alike(configs)
     for config in configs:
         require_sinks(config.training.sinks)

@@ -33,7 +33,7 @@ from loralab.runs.folder import (
 )
 from loralab.runs.forecast import Forecast, forecast
 from loralab.runs.sinks import Sink, open_sinks, require_sinks
-from loralab.runs.workbench import Workbench, open_workbench, settle_dtype
+from loralab.runs.workbench import Workbench, open_workbench, settle_compile, settle_dtype
 from loralab.training import (
     START_FILE,
     CheckpointSaved,
@@ -75,8 +75,11 @@ def train(
     bench = workbench or open_workbench(config, listen)
     # a comparison measures each method by itself
     plan = None if workbench else forecast(config, bench.rows["train"], listen)
-    trainable = bench.trainable(config)
-    run = begin(config, folder, bench, trainable, splits, plan.facts() if plan else {})
+    trainable, facts = bench.trainable(config), plan.facts() if plan else {}
+    if workbench is None:
+        config, trainable, chosen = settle_compile(config, trainable, bench.rows["train"], listen)
+        facts |= chosen
+    run = begin(config, folder, bench, trainable, splits, facts)
     return _carry_out(run, bench, trainable, listen, plan)
 
 

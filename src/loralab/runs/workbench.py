@@ -1,6 +1,7 @@
 """What a run stands on: its rows, read and encoded once, and its model, loaded fresh."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ from loralab.config import RunConfig
 from loralab.data import Dataset, Encoded, encode, encoding_facts, load_dataset
 from loralab.events import Listener, Note, Phase
 from loralab.models import choose_dtype, load_model, load_tokenizer
-from loralab.training import PrefixStore, Trainable, choose_device, prepare, stream_seed
+from loralab.training import (
+    PrefixStore,
+    Trainable,
+    choose_compile,
+    choose_device,
+    prepare,
+    stream_seed,
+)
 
 SPLITS = ("train", "validation", "test")
 
@@ -86,6 +94,29 @@ def settle_dtype(config: RunConfig, listen: Listener) -> RunConfig:
     chosen = choose_dtype(choose_device(config.training.device).type)
     listen(Note(f"model.dtype is {chosen} here"))
     return config.replace(model__dtype=chosen.dtype)
+
+
+def settle_compile(
+    config: RunConfig, trainable: Trainable, rows: Sequence[Encoded], listen: Listener
+) -> tuple[RunConfig, Trainable, dict[str, Any]]:
+    """The settings and the trainable with `training.compile = "auto"` replaced by what is faster.
+
+    As with the dtype, `config.toml` holds the choice; the facts for the manifest say why.
+    """
+    if config.training.compile != "auto":
+        return config, trainable, {}
+    chosen = choose_compile(trainable, rows)
+    listen(Note(f"training.compile is {chosen}"))
+    config = config.replace(training__compile=chosen.setting)
+    settled = replace(trainable, training=config.training)
+    return config, settled, {"compile": chosen.facts()}
+
+
+def without_compiling(config: RunConfig, listen: Listener) -> RunConfig:
+    """The settings of a run in one pass with others, whose shared blocks are not compiled."""
+    if config.training.compile == "on":
+        listen(Note("training.compile is off: runs in one pass share blocks that are not compiled"))
+    return config.replace(training__compile="off")
 
 
 def base_model(config: RunConfig) -> nn.Module:

@@ -1,5 +1,6 @@
 """Methods, the training loop as a generator of events, checkpoints, predictions, the doctor."""
 
+from loralab.training.compiling import CompileChoice
 from loralab.training.devices import choose_device, use_threads
 from loralab.training.doctor import examine, examine_setup
 from loralab.training.effective_step import EffectiveStep, effective_step, summarise
@@ -22,7 +23,7 @@ from loralab.training.predict import Prediction, accuracy, mean_nll, predict
 from loralab.training.prefix import PrefixStore
 from loralab.training.schedule import Schedule, build_schedule
 from loralab.training.starting import START_FILE, lora_config
-from loralab.training.step import Outcome, repeatable_step
+from loralab.training.step import Outcome, choose_compile, repeatable_step
 from loralab.training.streams import stream_seed
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "SHARED",
     "START_FILE",
     "CheckpointSaved",
+    "CompileChoice",
     "EffectiveStep",
     "Event",
     "Examined",
@@ -49,6 +51,7 @@ __all__ = [
     "Validated",
     "accuracy",
     "build_schedule",
+    "choose_compile",
     "choose_device",
     "effective_step",
     "environment",

@@ -54,9 +54,11 @@ def fit(
     `training.cache_frozen_prefix` keeps. Without validation rows the last weights are the best.
 
     The first Ctrl-C ends the run after a whole step: a checkpoint is saved and `Interrupted`
-    raised. Raises `DataError` without rows, `ResumeError` where the bits would differ,
-    `TrainingError` for a setting or a number that makes the run worthless, `OutputError` where
-    `folder` cannot be written.
+    raised. `training.compile = "auto"` is for `choose_compile` to settle; here it is "off".
+
+    Raises `DataError` without rows, `ResumeError` where the bits would differ, `TrainingError` for
+    a setting or a number that makes the run worthless, `CompileError` where blocks that are to be
+    compiled cannot be, `OutputError` where `folder` cannot be written.
     """
     findings = examine_setup(trainable, train_rows)
     check(findings)
@@ -65,6 +67,7 @@ def fit(
         run = Fit(trainable, train_rows, validation_rows, folder, stack, interrupt)
         yield run.started(findings)
         run.prepare(PrefixStore() if prefixes is None else prefixes)
+        run.compile()
         yield from run.steps()
         finished = run.finish()
         if interrupt.asked:
@@ -133,6 +136,11 @@ class Fit:
             self._trainable.model, self._trainable.task, route=route, prefix=prefix
         )
         self.stepper = Stepper(self._trainable, self._optimiser, self._forward)
+
+    def compile(self) -> None:
+        """Compile the blocks where the settings say so."""
+        if self._training.compile == "on" and not self.is_over:
+            self.stepper.compile(self._train_rows)
 
     def steps(self) -> Iterator[Event]:
         """The steps that are not done yet, with validations and checkpoints between them."""

@@ -170,6 +170,13 @@ def prepare(
             "training.offload_activations moves activations to the host, where they are already",
             "set it to false, or training.activation_checkpointing to true.",
         )
+    if training.compile == "on" and (
+        training.activation_checkpointing or training.offload_activations
+    ):
+        raise ConfigError(
+            "training.compile does not go with activation_checkpointing or offload_activations",
+            "set training.compile to 'off', or the other to false.",
+        )
     return Trainable(
         model=model,
         task=task,

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,22 @@ from loralab.config import TrainingSection
 from loralab.data import Encoded
 from loralab.fusion import Matched, fused, matching_blocks
 from loralab.training.attention import training_attention
+from loralab.training.compiling import (
+    INDUCTOR,
+    Backend,
+    CompileChoice,
+    Regions,
+    choose,
+    examples,
+    fits,
+    regions,
+)
 from loralab.training.forward import Forward, num_targets
 from loralab.training.methods import Trainable
 from loralab.training.non_finite import blame
 from loralab.training.offload import offloaded
 from loralab.training.optimiser import Optimiser
+from loralab.training.plan import lay_out
 from loralab.training.streams import dropout_stream
 
 
@@ -41,6 +52,42 @@ class Stepper:
         self._optimiser = optimiser
         self._forward = forward
         self._unreached = set(trainable.parameters)
+        self._regions: Regions | None = None
+
+    def compile(self, rows: Sequence[Encoded], backend: Backend = INDUCTOR) -> None:
+        """From now on run the blocks compiled that no function of room fusion runs.
+
+        They are compiled now, on batches of `rows`; neither weights nor random streams change.
+        Raises `CompileError` where they cannot be.
+        """
+        self._regions = self.regions(backend)
+        if not len(self._regions):
+            return
+        for batch in examples(rows, self._trainable.training.batch_size):
+            self.try_out(batch)
+
+    def regions(self, backend: Backend = INDUCTOR) -> Regions:
+        """The blocks that `compile` compiles."""
+        trainable = self._trainable
+        if trainable.training.activation_checkpointing or trainable.training.offload_activations:
+            return Regions(trainable.model, [], backend)  # masks of the second forward differ
+        cached = trainable.training.cache_frozen_prefix and trainable.route is None
+        first = trainable.num_frozen_blocks if cached else 0
+        others = [each.module for each in self._fusible]
+        return regions(trainable.model, others, first=first, backend=backend)
+
+    def try_out(self, rows: Sequence[Encoded], *, compiled: bool = True) -> None:
+        """A forward and backward of `rows` that leaves no trace."""
+        model, kept = self._trainable.model, self._regions
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        self._regions = kept if compiled else None
+        try:
+            self.gradients(0, rows).item()
+        finally:
+            self._regions = kept
+            self._optimiser.clear()
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
     def step(self, step: int, rows: Sequence[Encoded], factor: float) -> Outcome:
         """Step number `step` on `rows`, with every learning rate times `factor`.
@@ -95,11 +142,18 @@ class Stepper:
         # around backward too: activation checkpointing computes the forward again there
         width = max(len(row.input_ids) for row in piece)
         read = self._forward.read_positions(piece) if self._fusible else None
-        with training_attention(self._trainable.model, width), fused(self._fusible, read):
+        with ExitStack() as stack:
+            stack.enter_context(training_attention(self._trainable.model, width))
+            stack.enter_context(fused(self._fusible, read))
+            stack.enter_context(self._compiled(piece))
             with self._offloaded():
                 nll = self._forward.nll_sum(piece) / total
             nll.backward()
         return nll.detach().float()
+
+    def _compiled(self, piece: Sequence[Encoded]) -> AbstractContextManager[object]:
+        wanted = self._regions and fits(piece, self._trainable.training.batch_size)
+        return self._regions.compiled() if self._regions and wanted else nullcontext()
 
     def _offloaded(self) -> AbstractContextManager[object]:
         """Where what the backward pass needs is kept: on the device, or on the host."""
@@ -121,6 +175,31 @@ def pieces_of(rows: Sequence[Encoded], training: TrainingSection) -> list[Sequen
 def total_targets(rows: Sequence[Encoded]) -> int:
     """What the loss of a step is divided by."""
     return max(1, sum(num_targets(row) for row in rows))
+
+
+def choose_compile(
+    trainable: Trainable, rows: Sequence[Encoded], *, backend: Backend = INDUCTOR
+) -> CompileChoice:
+    """Whether a training of `trainable` on `rows` is faster with compiled blocks, by trying.
+
+    Neither weights nor random streams change. A run too short to gain costs nothing, or two passes.
+    """
+    training = trainable.training
+    optimiser = Optimiser(trainable.groups, training)
+    forward = Forward(trainable.model, trainable.task, route=trainable.route)
+    stepper = Stepper(trainable, optimiser, forward)
+    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    typical = [ordered[len(ordered) // 2]] * training.batch_size
+    try:
+        return choose(
+            lambda compiled: stepper.try_out(typical, compiled=compiled),
+            lambda: stepper.compile(rows, backend),
+            num_regions=len(stepper.regions()),
+            num_steps=lay_out(rows, training).total_steps,
+            passes_per_step=training.accumulation,
+        )
+    finally:
+        optimiser.close()
 
 
 def repeatable_step(trainable: Trainable, *batches: Sequence[Encoded]) -> Callable[[], Outcome]:
