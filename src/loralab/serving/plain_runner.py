@@ -1,7 +1,7 @@
 """Runs any causal transformers model through its own forward, with a slot for each sequence."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -73,7 +73,7 @@ class PlainRunner:
         """Makes the target slot hold the first tokens of the source slot."""
         self._cache.copy_prefix(source, target, num_tokens)
 
-    def adapters_changed(self) -> None:
+    def adapters_changed(self, only: Collection[str] | None = None) -> None:
         """Nothing: the model itself is asked at every forward."""
 
     def _last_logits(self, chunks: Sequence[Chunk]) -> Float[Tensor, "chunks vocab"]:

@@ -1,6 +1,6 @@
 """What the engine needs of whatever runs a model: the plain runner and the fast one give it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -51,8 +51,11 @@ class Runner(Protocol):
         """Makes the target slot hold the first tokens of the source slot."""
         ...
 
-    def adapters_changed(self) -> None:
-        """Adapters were attached, detached, merged into the weights, or the base was restored."""
+    def adapters_changed(self, only: Collection[str] | None = None) -> None:
+        """Adapters were attached, detached, merged into the weights, or the base was restored.
+
+        only: no adapter beside these is another than before; None: any may be.
+        """
         ...
 
 

@@ -6,7 +6,7 @@ the plain runner's.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -123,15 +123,18 @@ class FastRunner:
             self._plain_runner().copy_prefix(source, target, num_tokens)
         self._held[target] = _Held(held.is_fast, held.token_ids[:num_tokens])
 
-    def adapters_changed(self) -> None:
+    def adapters_changed(self, only: Collection[str] | None = None) -> None:
         """Adapters were attached, detached, merged into the weights, or the base was restored."""
         hosts, names = self._sites.hosts(), hosted(self._model)
         for name in self._order.keys() - set(names):
             self._forget(name)
             del self._order[name]
-        self.uncovered.clear()
+        self.uncovered = {n: why for n, why in self.uncovered.items() if n in self._order}
         for name in names:
+            if only is not None and name not in only and name in self._order:
+                continue  # looking at hundreds of pairs of every adapter takes its time
             self._order.setdefault(name, max(self._order.values(), default=-1) + 1)
+            self.uncovered.pop(name, None)
             known = self._versions.get(name)
             if known is None or not known.holds(hosts, name):
                 self._make_ready(hosts, name)
