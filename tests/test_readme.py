@@ -3,10 +3,13 @@
 The fast test runs them with fewer rows and steps; the slow one, and `make demo`, as they stand.
 """
 
+import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -50,9 +53,24 @@ def test_the_tour_works(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
-        if program == "loralab":
+        if arguments[0] == "serve":
+            serves(arguments[:-1] + ["0"])
+        elif program == "loralab":
             smaller = SMALL.get(arguments[0], [])
             assert main([*arguments, *smaller]) == 0, (command, capsys.readouterr().err)
+
+
+def serves(arguments: list[str]) -> None:
+    """The server answers about the run's adapter, and ends in good order."""
+    command = [sys.executable, "-m", "loralab", *arguments, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        ready = json.loads(server.stdout.readline())
+        with urllib.request.urlopen(f"{ready['url']}/v1/models", timeout=60) as answer:
+            names = [model["id"] for model in json.load(answer)["data"]]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    assert len(names) == 2  # the base and the run's adapter
 
 
 def test_the_python_works(tmp_path, monkeypatch):
@@ -65,6 +83,8 @@ def test_the_python_works(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_tour_works_as_it_stands(tmp_path):
     for command in COMMANDS:
+        if command.startswith("loralab serve"):
+            continue  # never ends
         if command.startswith("loralab"):
             program = [sys.executable, "-m", *shlex.split(command)]
             subprocess.run(program, cwd=tmp_path, check=True, timeout=3600)
