@@ -54,7 +54,7 @@ def test_the_tour_works(tmp_path, monkeypatch, capsys):
     for command in COMMANDS:
         program, *arguments = shlex.split(command)
         if arguments[0] == "serve":
-            serves(arguments[:-1] + ["0"])
+            serves([*arguments[:-1], "0"])
         elif program == "loralab":
             smaller = SMALL.get(arguments[0], [])
             assert main([*arguments, *smaller]) == 0, (command, capsys.readouterr().err)
