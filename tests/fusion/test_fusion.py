@@ -230,6 +230,31 @@ def test_checkpointed_blocks_draw_the_same_masks_again() -> None:
         torch.testing.assert_close(got[key], wanted, msg=key)
 
 
+def test_checkpointed_blocks_keep_their_input_alone() -> None:
+    kept = []
+    for checkpointed in (False, True):
+        model = adapted("llama")
+        if checkpointed:
+            enable_activation_checkpointing(model)
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        fusible = matching_blocks(model)
+        with (
+            use(model, "a"),
+            fused(fusible),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
+            hidden = model.model(**batch(9)).last_hidden_state
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept.append(sum(size for at, size in sizes.items() if at not in parameters))
+        assert hidden.requires_grad
+    assert kept[1] < 0.5 * kept[0]
+
+
 def test_no_block_stays_fused_afterwards() -> None:
     model: Any = adapted("llama")
     fusible = matching_blocks(model)

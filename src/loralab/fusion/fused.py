@@ -64,6 +64,10 @@ def run_fused(
     places = [EVERY_ROW, *(piece.tokens for piece in pieces)]
     if any(part.rows not in places for shared in block.inputs for part in shared.parts):
         return None
+    module: Any = matched.module
+    if getattr(module, "gradient_checkpointing", False) and module.training:
+        # transformers recomputes in the block's own forward, which this stands in for
+        return module._gradient_checkpointing_func(BlockStep.apply, x, block, pieces, *factors)
     return BlockStep.apply(x, block, pieces, *factors)
 
 
