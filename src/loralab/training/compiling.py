@@ -98,9 +98,13 @@ class Regions:
         functions = _compiled.setdefault(self._model, {})
         if self._backend not in functions:
             options: Any = _SAME_DRAWS if self._backend == INDUCTOR else None
-            backend: Any = self._backend
-            functions[self._backend] = torch.compile(
-                _call, dynamic=True, backend=backend, options=options, isolate_recompiles=True
+            compiling: Any = torch.compile  # its stub leaves `isolate_recompiles` out
+            functions[self._backend] = compiling(
+                _call,
+                dynamic=True,
+                backend=self._backend,
+                options=options,
+                isolate_recompiles=True,
             )
         return functions[self._backend]
 

@@ -296,7 +296,9 @@ def _attend(
     for (batch, q), (_, k), (_, v) in zip(*own_tokens, strict=True):
         args, named = batch.calls[place.block]
         masks = [mask for mask in (*args, *named.values()) if _is_mask(mask, batch)]
-        default: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        default: Any = getattr(
+            sys.modules[type(module).__module__], "eager_attention_forward", None
+        )
         attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(batch.attention, default)
         heads = [each.transpose(1, 2) for each in (q, k, v)]
         with place.drawing(batch):
