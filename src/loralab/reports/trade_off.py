@@ -18,7 +18,8 @@ def trade_off_chart(
 ) -> Spec:
     """Gain (up) against forgetting (across), a line a dial.
 
-    Rows have `dial`, `value`, `name`, `gain` with `low` and `high`, `forgotten` with `least` and `most`.
+    Rows have `dial`, `value`, `name`, `gain` with `low` and `high`, `forgotten` with `least` and
+    `most`.
     `budget` is drawn as a line on the axis across.
     """
     scale = {"zero": True, "nice": True, "padding": 8}
