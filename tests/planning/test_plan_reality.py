@@ -83,6 +83,25 @@ def test_few_blocks_tell_of_many(config_file, kind, method):
     assert few.flops == all_blocks.flops
 
 
+def test_a_tied_embedding_gains_its_gradient_behind_few_blocks_as_behind_many(config_file):
+    """Its two gradients and their sum live at once, after the backward pass of the first block."""
+    path = config_file("llama", num_hidden_layers=9, tie_word_embeddings=True)
+    config = settings(path, method__kind="full", model__task="causal")
+    source = traceable(config, "peft")
+
+    def of_embedding(accounts) -> dict[str, float]:
+        found = accounts.peaks.items()
+        return {
+            stretch.op: peak.allocated
+            for stretch, peak in found
+            if stretch.phase == "backward" and stretch.kind == "embeddings"
+        }
+
+    few = of_embedding(predict(config, CPU, source=source))
+    assert "add.Tensor" in few
+    assert few == of_embedding(predict(config, CPU, source=source, whole=True))
+
+
 def test_blocks_that_alternate_repeat_together(config_file):
     kinds = ["sliding_attention", "full_attention"] * 5
     path = config_file(

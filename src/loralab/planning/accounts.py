@@ -131,7 +131,7 @@ def _stretches(timeline: Timeline, runs: Sequence[Run]) -> Iterator[tuple[int, i
     ends = list(accumulate(run.kept for run in runs))
     starts = {run.number: end - run.kept for run, end in zip(runs, ends, strict=True)}
     by_number = {run.number: run for run in runs}
-    last: Stretch | None = None
+    before: list[Stretch] = []
     for start, end, (_, phase, place, op) in timeline.moments_by_tick():
         if end == start:
             continue
@@ -141,10 +141,10 @@ def _stretches(timeline: Timeline, runs: Sequence[Run]) -> Iterator[tuple[int, i
                 Stretch(phase, run.number, position)
                 for position in _positions(place.block - starts[run.number], run)
             ]
-            last = names[-1]
-        else:
-            after = last.block if last is not None and last.phase == phase else None
-            names = [Stretch(phase, op=op, kind=place.kind, after=after)]
+            before = names
+        else:  # under each name of the block before: models of few blocks have others in common
+            after = [each.block for each in before if each.phase == phase] or [None]
+            names = [Stretch(phase, op=op, kind=place.kind, after=block) for block in after]
         yield start, end, names
 
 
