@@ -307,9 +307,9 @@ def test_keys_quotas_and_limits(adapters: Path, tmp_path: Path) -> None:
         assert server.post("/v1/completions", {**tiny, "prompt": "12345"}).status_code == 200
         spent = server.post("/v1/completions", tiny)
         assert spent.status_code == 429 and int(spent.headers["Retry-After"]) > 10
-        full = server.post("/v1/completions", {**body, "model": "tweets", "prompt": ["x"] * 14})
+        full = server.post("/v1/completions", {**body, "model": "tweets", "prompt": ["x"] * 11})
         assert full.status_code == 200
-        more = {**body, "model": "tweets", "prompt": ["x"] * 20}
+        more = {**body, "model": "tweets", "prompt": ["x"] * 12}
         assert server.post("/v1/completions", more).status_code == 503
 
 
