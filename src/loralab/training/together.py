@@ -115,8 +115,8 @@ class Together:
         with use(self._model, names, segments=_segments(batches)), streams(generators):
             x = self._run_blocks(x, batches, random)
         return {
-            batch.name: self._leave(batch, x[batch.tokens], random[batch.name], before[batch.name])
-            for batch in batches
+            batch.name: self._leave(batch, own, random[batch.name], before[batch.name])
+            for batch, own in zip(batches, _split(x, batches), strict=True)
         }
 
     def _enter(self, batch: Batch, stream: RunStream) -> Batch:
@@ -230,8 +230,8 @@ class _Place:
 
     def split(self, x: Shaped[Tensor, "1 tokens *rest"]) -> Iterator[tuple[Batch, Tensor]]:
         """Each run's part of the tokens, as its batch."""
-        for batch in self.batches:
-            yield batch, x[0, batch.tokens].unflatten(0, batch.shape)
+        for batch, own in zip(self.batches, _split(x[0], self.batches), strict=True):
+            yield batch, own.unflatten(0, batch.shape)
 
     @contextmanager
     def drawing(self, batch: Batch) -> Iterator[None]:
@@ -364,6 +364,13 @@ def _place(batches: Sequence[Batch]) -> None:
     for batch in batches:
         batch.start = start
         start = batch.tokens.stop
+
+
+def _split(
+    x: Shaped[Tensor, "tokens *rest"], batches: Sequence[Batch]
+) -> tuple[Shaped[Tensor, "_ *rest"], ...]:
+    """Each run's tokens. In one call: the gradient of a slice is as large as the whole."""
+    return x.split([batch.tokens.stop - batch.tokens.start for batch in batches])
 
 
 def _segments(batches: Sequence[Batch]) -> Tensor:
