@@ -1,0 +1,55 @@
+"""Image models: a small denoiser with style adapters, sampled by route, judged by classifiers."""
+
+from loralab.imaging.denoiser import (
+    STYLE_TARGETS,
+    Denoiser,
+    build_denoiser,
+    load_denoiser,
+    save_denoiser,
+)
+from loralab.imaging.denoising import Denoising, denoising
+from loralab.imaging.digits import Digits, ImageRow, load_digits, stack
+from loralab.imaging.grid import write_grid
+from loralab.imaging.judging import (
+    LOOKS,
+    FrechetDistance,
+    Judge,
+    Judges,
+    base_is_no_style,
+    digit_accuracy,
+    frechet_distance,
+    style_accuracy,
+    style_shares,
+    train_judges,
+)
+from loralab.imaging.sampling import sample_images
+from loralab.imaging.styles import PLAIN, STYLES, styled
+
+__all__ = [
+    "LOOKS",
+    "PLAIN",
+    "STYLES",
+    "STYLE_TARGETS",
+    "Denoiser",
+    "Denoising",
+    "Digits",
+    "FrechetDistance",
+    "ImageRow",
+    "Judge",
+    "Judges",
+    "base_is_no_style",
+    "build_denoiser",
+    "denoising",
+    "digit_accuracy",
+    "frechet_distance",
+    "load_denoiser",
+    "load_digits",
+    "sample_images",
+    "save_denoiser",
+    "stack",
+    "style_accuracy",
+    "style_shares",
+    "styled",
+    "train_judges",
+    "write_grid",
+]
