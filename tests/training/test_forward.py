@@ -8,7 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from loralab.data import Encoded, collate
 from loralab.errors import DataError, ModelError
 from loralab.fusion import output
-from loralab.training.forward import Forward, num_targets
+from loralab.training.forward import Forward
 
 ROWS = causal_rows(6)
 
@@ -16,7 +16,7 @@ ROWS = causal_rows(6)
 def test_causal_loss_and_gradients_are_those_of_transformers() -> None:
     ours, theirs = llama("causal").train(), llama("causal").train()
     batch = collate(ROWS, pad_id=0)
-    count = sum(num_targets(row) for row in ROWS)
+    count = sum(row.num_targets for row in ROWS)
     loss = Forward(ours, "causal")(ROWS).nll_sum() / count
     expected = theirs(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
@@ -64,7 +64,7 @@ def test_the_output_layer_sees_only_positions_with_a_label() -> None:
     seen = []
     model.lm_head.register_forward_hook(lambda _m, _i, output: seen.append(tuple(output.shape)))
     Forward(model, "causal")(ROWS)
-    assert seen == [(sum(num_targets(row) for row in ROWS), VOCABULARY)]
+    assert seen == [(sum(row.num_targets for row in ROWS), VOCABULARY)]
 
 
 def test_an_adapter_on_the_output_layer_is_used_on_gathered_positions() -> None:

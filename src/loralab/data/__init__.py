@@ -8,16 +8,18 @@ from loralab.data.batching import (
     padding_waste,
 )
 from loralab.data.encoding import encode, encoding_facts
-from loralab.data.examples import Batch, Dataset, Encoded, Example, Message
+from loralab.data.examples import IGNORED, Batch, Dataset, Encoded, Example, Message, Row
 from loralab.data.loading import load_dataset, load_rows
 from loralab.data.splitting import halves, sample
 
 __all__ = [
+    "IGNORED",
     "Batch",
     "Dataset",
     "Encoded",
     "Example",
     "Message",
+    "Row",
     "collate",
     "encode",
     "encoding_facts",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from loralab.data.examples import Batch, Encoded
+from loralab.data.examples import IGNORED, Batch, Encoded
 
 _STRETCH_BATCHES = 128
 _STREAM = 0x6F72646572  # "order": this stream shares nothing with other uses of the same seed
@@ -45,7 +45,7 @@ def collate(rows: Sequence[Encoded], *, pad_id: int, row_indices: Sequence[int] 
     width = max(len(row.input_ids) for row in rows)
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    targets = torch.full((len(rows), width), -100, dtype=torch.int64)
+    targets = torch.full((len(rows), width), IGNORED, dtype=torch.int64)
     for index, row in enumerate(rows):
         length = len(row.input_ids)
         input_ids[index, :length] = torch.tensor(row.input_ids)

@@ -12,10 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from loralab.config import Task
 from loralab.data.chat import encode_messages
-from loralab.data.examples import Encoded, Example
+from loralab.data.examples import IGNORED, Encoded, Example
 from loralab.errors import ConfigError, DataError
 
-IGNORED = -100
 logger = logging.getLogger("loralab")
 
 
@@ -55,7 +54,7 @@ def encoding_facts(rows: Sequence[Encoded]) -> dict[str, Any]:
         "rows": len(rows),
         "tokens": sum(lengths),
         "longest_tokens": max(lengths, default=0),
-        "target_tokens": sum(_num_targets(row) for row in rows),
+        "target_tokens": sum(row.num_targets for row in rows if row.targets is not None),
         "cut_rows": sum(row.num_cut > 0 for row in rows),
         "cut_tokens": sum(row.num_cut for row in rows),
     }
@@ -156,16 +155,11 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [int(tokenizer.eos_token_id)]  # pyright: ignore[reportArgumentType]
 
 
-def _num_targets(row: Encoded) -> int:
-    """Tokens that count: the first of a row is predicted from nothing and never does."""
-    return sum(target != IGNORED for target in (row.targets or ())[1:])
-
-
 def _refuse_empty(rows: Sequence[Encoded], task: Task) -> None:
     if task == "classification":
         empty, what = [row.id for row in rows if not row.input_ids], "no tokens"
     else:
-        empty = [row.id for row in rows if _num_targets(row) == 0]
+        empty = [row.id for row in rows if row.num_targets == 0]
         what = "no token that counts for the loss"
     if empty:
         more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""

@@ -1,10 +1,13 @@
 """The values of this room: one example, one data set, one encoded row, one batch."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Int64
 from torch import Tensor
+
+IGNORED = -100
+"""The target of a token that does not count."""
 
 Message = dict[str, Any]
 """A turn of a conversation: `role`, `content`, and whatever else its template reads."""
@@ -51,6 +54,34 @@ class Dataset:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+@runtime_checkable
+class Row(Protocol):
+    """What a training asks of a row, whatever its model reads: text, images."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def group(self) -> str: ...
+
+    @property
+    def label(self) -> int | None: ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Its length: rows of like length share a batch."""
+        ...
+
+    @property
+    def num_targets(self) -> int:
+        """How many terms it adds to a loss, which is a mean over terms."""
+        ...
+
+    def content(self) -> list[Any]:
+        """Plain values that are equal only for equal rows."""
+        ...
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One row as a model reads it, without padding.
@@ -66,6 +97,22 @@ class Encoded:
     label: int | None = None
     targets: tuple[int, ...] | None = None
     num_cut: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the model reads."""
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """1, or its labelled tokens but for the first, which has no context."""
+        if self.targets is None:
+            return 1
+        return sum(target != IGNORED for target in self.targets[1:])
+
+    def content(self) -> list[Any]:
+        """All that the loss depends on."""
+        return [list(self.input_ids), self.label, self.targets]
 
 
 @dataclass(frozen=True)

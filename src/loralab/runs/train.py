@@ -282,12 +282,8 @@ def _tell(event: Event, listen: Listener) -> None:
             listen(Progress(event.step, f"loss {event.loss:.4f}"))
         case Validated():
             best = " (best so far)" if event.best else ""
-            listen(
-                Note(
-                    f"step {event.step}: validation nll {event.nll:.4f}, "
-                    f"accuracy {event.accuracy:.4f}{best}"
-                )
-            )
+            right = "" if event.accuracy is None else f", accuracy {event.accuracy:.4f}"
+            listen(Note(f"step {event.step}: validation nll {event.nll:.4f}{right}{best}"))
         case CheckpointSaved() | Finished():
             pass
 
@@ -302,7 +298,9 @@ def _log(event: Event, sinks: Sequence[Sink]) -> None:
         rates = {f"learning_rate/{role}": rate for role, rate in event.learning_rates.items()}
         figures = {"train/loss": event.loss, "train/grad_norm": event.grad_norm, **rates}
     elif isinstance(event, Validated):
-        figures = {"validation/nll": event.nll, "validation/accuracy": event.accuracy}
+        figures = {"validation/nll": event.nll}
+        if event.accuracy is not None:
+            figures["validation/accuracy"] = event.accuracy
     else:
         return
     for sink in sinks:

@@ -18,8 +18,15 @@ from loralab.training.identity import environment
 from loralab.training.loop import fit
 from loralab.training.many import SHARED, Failed, Stopped, fit_many, prepare_many
 from loralab.training.methods import ADAPTER_NAME, ParameterGroup, Trainable, prepare
+from loralab.training.objective import (
+    MakesObjective,
+    Objective,
+    Prediction,
+    accuracy,
+    mean_nll,
+)
 from loralab.training.plan import Plan, lay_out
-from loralab.training.predict import Prediction, accuracy, mean_nll, predict
+from loralab.training.predict import predict
 from loralab.training.prefix import PrefixStore
 from loralab.training.schedule import Schedule, build_schedule
 from loralab.training.starting import START_FILE, lora_config
@@ -38,6 +45,8 @@ __all__ = [
     "Failed",
     "Finding",
     "Finished",
+    "MakesObjective",
+    "Objective",
     "Outcome",
     "ParameterGroup",
     "Plan",

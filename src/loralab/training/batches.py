@@ -5,8 +5,16 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from loralab.data import Batch, Encoded, collate
+from loralab.data import Batch, Encoded, Row, collate
 from loralab.errors import DataError
+
+
+def text_rows(rows: Sequence[Row]) -> list[Encoded]:
+    """`rows`, where they are all text. Raises `DataError`."""
+    texts = [row for row in rows if isinstance(row, Encoded)]
+    if len(texts) < len(rows):
+        raise DataError("there are rows that are no text", "give `prepare` what makes their loss.")
+    return texts
 
 
 def batch_for(model: nn.Module, rows: Sequence[Encoded]) -> Batch:

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from loralab.data import Encoded
+from loralab.data import Row
 from loralab.errors import CompileError, ModelError
 from loralab.models import blocks
 
@@ -126,20 +126,20 @@ def regions(
     return Regions(model, [b for b in layers[first:] if id(b) not in left_out], backend)
 
 
-def examples(rows: Sequence[Encoded], batch_size: int) -> list[list[Encoded]]:
+def examples(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
     """Batches of every kind that compiled code differs by: wide, narrow, with padding, without."""
-    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    ordered = sorted(rows, key=lambda row: row.num_tokens)
     shortest, longest = ordered[0], ordered[-1]
-    longer = (row for row in ordered if len(row.input_ids) > len(shortest.input_ids))
+    longer = (row for row in ordered if row.num_tokens > shortest.num_tokens)
     second = next(longer, shortest)
     same = [[longest] * batch_size, [shortest] * batch_size]
     padded = [[row] * (batch_size - 1) + [shortest] for row in (longest, second)]
     return same + padded if batch_size > 1 else same
 
 
-def fits(piece: Sequence[Encoded], batch_size: int) -> bool:
+def fits(piece: Sequence[Row], batch_size: int) -> bool:
     """Whether compiled code for any size covers the piece: sizes of 1 are cases of their own."""
-    return len(piece) > min(1, batch_size - 1) and any(len(row.input_ids) > 1 for row in piece)
+    return len(piece) > min(1, batch_size - 1) and any(row.num_tokens > 1 for row in piece)
 
 
 def choose(

@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 
-from loralab.data import Encoded
+from loralab.data import Row
 from loralab.errors import TrainingError
 from loralab.training.effective_step import effective_step
 from loralab.training.events import Finding
-from loralab.training.forward import Forward, num_targets
+from loralab.training.forward import objective_of
 from loralab.training.methods import ADAPTER_NAME, Trainable
 from loralab.training.optimiser import Optimiser
 from loralab.training.plan import lay_out
@@ -27,7 +27,7 @@ LOWEST_HEAD_RATE = 1e-4
 """A randomly initialised head at a full fine-tuning rate of 2e-5 barely leaves its start."""
 
 
-def examine(trainable: Trainable, rows: Sequence[Encoded]) -> list[Finding]:
+def examine(trainable: Trainable, rows: Sequence[Row]) -> list[Finding]:
     """Everything that can be known of a run by its second step, which is done here on `rows`.
 
     Changes the trained weights. Raises `TrainingError` for a loss that is not a number.
@@ -39,8 +39,7 @@ def examine(trainable: Trainable, rows: Sequence[Encoded]) -> list[Finding]:
     schedule = build_schedule(trainable.training, plan.total_steps)
     optimiser = Optimiser(trainable.groups, trainable.training)
     try:
-        forward = Forward(trainable.model, trainable.task, route=trainable.route)
-        stepper = Stepper(trainable, optimiser, forward)
+        stepper = Stepper(trainable, optimiser, objective_of(trainable))
         batches = plan.batches(1)
         for step in (1, 2):
             batch = [rows[index] for index in batches[(step - 1) % len(batches)]]
@@ -52,7 +51,7 @@ def examine(trainable: Trainable, rows: Sequence[Encoded]) -> list[Finding]:
     return findings + examine_gradients(trainable, stepper.without_gradient())
 
 
-def examine_setup(trainable: Trainable, rows: Sequence[Encoded]) -> list[Finding]:
+def examine_setup(trainable: Trainable, rows: Sequence[Row]) -> list[Finding]:
     """What settings, model and rows tell before the first step."""
     return [
         *_parameters(trainable),
@@ -161,14 +160,17 @@ def _head(trainable: Trainable) -> Iterator[Finding]:
         )
 
 
-def _labels(trainable: Trainable, rows: Sequence[Encoded]) -> Iterator[Finding]:
+def _labels(trainable: Trainable, rows: Sequence[Row]) -> Iterator[Finding]:
+    if callable(trainable.task):
+        yield Finding("info", "rows", f"{len(rows):,} rows")
+        return
     if trainable.task == "classification":
         counts = sorted(Counter(row.label for row in rows).items(), key=str)
         listed = ", ".join(f"{count:,} of {label}" for label, count in counts)
         yield Finding("info", "labels", f"{len(rows):,} rows, by label: {listed}")
         return
-    counting = [num_targets(row) for row in rows]
-    tokens = sum(len(row.input_ids) for row in rows)
+    counting = [row.num_targets for row in rows]
+    tokens = sum(row.num_tokens for row in rows)
     empty = counting.count(0)
     share = 100 * sum(counting) / max(1, tokens)
     text = f"{sum(counting):,} of {tokens:,} tokens count in the loss ({share:.3g} %)"
@@ -183,7 +185,7 @@ def _labels(trainable: Trainable, rows: Sequence[Encoded]) -> Iterator[Finding]:
         )
 
 
-def _warmup(trainable: Trainable, rows: Sequence[Encoded]) -> Iterator[Finding]:
+def _warmup(trainable: Trainable, rows: Sequence[Row]) -> Iterator[Finding]:
     total = lay_out(rows, trainable.training).total_steps
     warmup = build_schedule(trainable.training, total).warmup_steps
     if trainable.training.warmup and not warmup:

@@ -52,11 +52,11 @@ class Examined:
 
 @dataclass(frozen=True)
 class Validated:
-    """The whole validation set was scored: mean nll a row (classification) or a target token."""
+    """The whole validation set was scored: mean nll (or loss) a row, or a target token (causal)."""
 
     step: int
     nll: float
-    accuracy: float
+    accuracy: float | None  # None where nothing is right or wrong
     best: bool
     seconds: float
 

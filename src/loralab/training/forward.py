@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from loralab.adapters import use
 from loralab.config import Task
-from loralab.data import Batch, Encoded
+from loralab.data import IGNORED, Batch, Encoded
 from loralab.errors import ModelError
 from loralab.fusion import HiddenStatesError, frozen_output_layer, stopped_at, token_nll_sum
 from loralab.models import reads_last_token
 from loralab.training.batches import batch_for
+from loralab.training.methods import Trainable
+from loralab.training.objective import Objective, Prediction
 from loralab.training.prefix import PrefixCache
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,14 @@ class TargetLogits:
     def nll(self) -> Float[Tensor, " targets"]:
         """The negative log-likelihood of each target, in nats."""
         return F.cross_entropy(self.logits, self.targets, reduction="none")
+
+
+def objective_of(trainable: Trainable, *, prefix: PrefixCache | None = None) -> Objective:
+    """What a run minimises."""
+    model, task, route = trainable.model, trainable.task, trainable.route
+    if callable(task):
+        return task(model, route)
+    return Forward(model, task, route=route, prefix=prefix)
 
 
 class Forward:
@@ -98,6 +106,10 @@ class Forward:
             f"{type(self.model).__name__} never calls its output layer",
             "set model.task to 'classification', or choose a causal model.",
         )
+
+    def answers(self, rows: Sequence[Encoded]) -> list[Prediction]:
+        """What the model says about each row."""
+        return _answers(self(rows), rows, self.task)
 
     @functools.cached_property
     def _frozen_output(self) -> nn.Linear | None:
@@ -163,13 +175,6 @@ def _read_by_loss(row: Encoded) -> list[int]:
     return [at for at, target in enumerate(row.targets[1:]) if target != IGNORED]
 
 
-def num_targets(row: Encoded) -> int:
-    """How many targets a row has: 1, or its labelled tokens but the first, which has no context."""
-    if row.targets is None:
-        return 1
-    return sum(target != IGNORED for target in row.targets[1:])
-
-
 @contextmanager
 def _gathered_before_output_layer(
     model: nn.Module, flat: Int[Tensor, " targets"]
@@ -193,3 +198,28 @@ def _gathered_before_output_layer(
         yield
     finally:
         handle.remove()
+
+
+def _answers(scored: TargetLogits, rows: Sequence[Encoded], task: Task) -> list[Prediction]:
+    choices = scored.logits.argmax(dim=-1)
+    correct = (choices == scored.targets).tolist()
+    nll = scored.nll().double().tolist()
+    if task == "classification":
+        probabilities = scored.logits.double().softmax(dim=-1).tolist()
+        return [
+            Prediction(
+                row.id, row.group, row.label, choice, loss, 1, int(right), tuple(distribution)
+            )
+            for row, choice, loss, right, distribution in zip(
+                rows, choices.tolist(), nll, correct, probabilities, strict=True
+            )
+        ]
+    sums, hits, counts = [0.0] * len(rows), [0] * len(rows), [0] * len(rows)
+    for row, loss, right in zip(scored.rows.tolist(), nll, correct, strict=True):
+        sums[row] += loss
+        hits[row] += right
+        counts[row] += 1
+    return [
+        Prediction(row.id, row.group, None, None, sums[i], counts[i], hits[i], None)
+        for i, row in enumerate(rows)
+    ]

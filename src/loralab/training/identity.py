@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from loralab.data import Encoded
+from loralab.data import Row
 from loralab.training.methods import ADAPTERS, Trainable
 from loralab.training.plan import Plan
 
@@ -33,8 +33,8 @@ def environment(model: nn.Module, device: torch.device) -> dict[str, Any]:
 
 def identity(
     trainable: Trainable,
-    train_rows: Sequence[Encoded],
-    validation_rows: Sequence[Encoded],
+    train_rows: Sequence[Row],
+    validation_rows: Sequence[Row],
     plan: Plan,
 ) -> dict[str, dict[str, Any]]:
     """Environment, settings, data and parameters as JSON values; called before the first step."""
@@ -58,8 +58,8 @@ def identity(
     }
 
 
-def _rows_hash(rows: Sequence[Encoded]) -> str:
-    return _hash([row.id, list(row.input_ids), row.label, row.targets] for row in rows)
+def _rows_hash(rows: Sequence[Row]) -> str:
+    return _hash([row.id, *row.content()] for row in rows)
 
 
 def frozen_hash(trainable: Trainable) -> str:

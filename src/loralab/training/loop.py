@@ -9,8 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loralab.data import Encoded
+from loralab.data import Row
 from loralab.errors import Interrupted, TrainingError
+from loralab.training.batches import text_rows
 from loralab.training.checkpoints import Checkpoint, CheckpointFolder, Progress, check_identity
 from loralab.training.doctor import check, examine_gradients, examine_setup
 from loralab.training.events import (
@@ -23,14 +24,15 @@ from loralab.training.events import (
     StepDone,
     Validated,
 )
-from loralab.training.forward import Forward
+from loralab.training.forward import objective_of
 from loralab.training.identity import identity
 from loralab.training.interrupts import InterruptFlag
 from loralab.training.journal import Journal
 from loralab.training.methods import Trainable
+from loralab.training.objective import accuracy, mean_nll
 from loralab.training.optimiser import Optimiser
 from loralab.training.plan import lay_out
-from loralab.training.predict import accuracy, mean_nll, predict_with
+from loralab.training.predict import predict_with
 from loralab.training.prefix import PrefixStore, prefix_cache
 from loralab.training.schedule import build_schedule
 from loralab.training.step import Stepper
@@ -40,8 +42,8 @@ EXAMINED_STEPS = 2
 
 def fit(
     trainable: Trainable,
-    train_rows: Sequence[Encoded],
-    validation_rows: Sequence[Encoded],
+    train_rows: Sequence[Row],
+    validation_rows: Sequence[Row],
     folder: Path,
     *,
     prefixes: PrefixStore | None = None,
@@ -81,8 +83,8 @@ class Fit:
     def __init__(
         self,
         trainable: Trainable,
-        train_rows: Sequence[Encoded],
-        validation_rows: Sequence[Encoded],
+        train_rows: Sequence[Row],
+        validation_rows: Sequence[Row],
         folder: Path,
         stack: ExitStack,
         interrupt: InterruptFlag,
@@ -129,13 +131,10 @@ class Fit:
     def prepare(self, prefixes: PrefixStore) -> None:
         """Run the frozen blocks where their outputs are to be kept."""
         rows = [*self._train_rows, *self._validation_rows]
-        done = self.progress.finished
-        prefix = None if done else prefix_cache(self._trainable, rows, prefixes)
-        route = self._trainable.route
-        self._forward = Forward(
-            self._trainable.model, self._trainable.task, route=route, prefix=prefix
-        )
-        self.stepper = Stepper(self._trainable, self._optimiser, self._forward)
+        is_kept = not self.progress.finished and not callable(self._trainable.task)
+        prefix = prefix_cache(self._trainable, text_rows(rows), prefixes) if is_kept else None
+        self._objective = objective_of(self._trainable, prefix=prefix)
+        self.stepper = Stepper(self._trainable, self._optimiser, self._objective)
 
     def compile(self) -> None:
         """Compile the blocks where the settings say so."""
@@ -171,11 +170,11 @@ class Fit:
             progress.finished or progress.stopped_early or progress.step == self._plan.total_steps
         )
 
-    def next_rows(self) -> list[Encoded]:
+    def next_rows(self) -> list[Row]:
         """The rows of the next step; to be asked once a step."""
         return [self._train_rows[index] for index in next(self._batches)]
 
-    def advance(self, rows: Sequence[Encoded], loss: Tensor, began: float) -> Iterator[Event]:
+    def advance(self, rows: Sequence[Row], loss: Tensor, began: float) -> Iterator[Event]:
         """The next step, given the loss and the gradients of `rows`, and what follows it.
 
         began: when the step did, in seconds of `time.perf_counter`.
@@ -220,7 +219,7 @@ class Fit:
             stopped_early=progress.stopped_early,
         )
 
-    def _step(self, step: int, rows: Sequence[Encoded], loss: Tensor, began: float) -> StepDone:
+    def _step(self, step: int, rows: Sequence[Row], loss: Tensor, began: float) -> StepDone:
         outcome = self.stepper.conclude(step, rows, loss, self._schedule.factor(step))
         seconds = time.perf_counter() - began
         row = {"step": step, "epoch": self._plan.epoch(step), **asdict(outcome)}
@@ -236,7 +235,7 @@ class Fit:
     def _validate(self, step: int) -> Validated:
         began = time.perf_counter()
         predictions = predict_with(
-            self._forward,
+            self._objective,
             self._validation_rows,
             batch_size=self._training.evaluation_batch_size,
         )
@@ -246,8 +245,9 @@ class Fit:
                 f"step {step}: the mean nll of the validation rows is {nll}",
                 "lower training.learning_rate, or set model.dtype to 'float32'.",
             )
+        right = None if callable(self._trainable.task) else accuracy(predictions)
         best = all(nll < earlier["nll"] for earlier in self.progress.validations)
-        row = {"step": step, "nll": nll, "accuracy": accuracy(predictions), "best": best}
+        row = {"step": step, "nll": nll, "accuracy": right, "best": best}
         if best:
             self.progress.best_step = step
             self._best = _copies(self._optimiser.trained())

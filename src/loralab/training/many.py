@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loralab.config import MethodSection, Task, TrainingSection
-from loralab.data import Encoded
+from loralab.data import Row
 from loralab.errors import TrainingError
 from loralab.models import redraw_head
 from loralab.training.doctor import check, examine_setup
@@ -28,6 +28,7 @@ from loralab.training.identity import frozen_hash
 from loralab.training.interrupts import InterruptFlag
 from loralab.training.loop import Fit
 from loralab.training.methods import Trainable, prepare
+from loralab.training.objective import MakesObjective
 from loralab.training.prefix import PrefixStore
 from loralab.training.step import pieces_of, total_targets
 from loralab.training.streams import RunStream, stream_seed
@@ -59,8 +60,8 @@ def prepare_many(
     model: nn.Module,
     settings: Sequence[tuple[MethodSection, TrainingSection]],
     *,
-    task: Task,
-    rows: Sequence[Encoded] = (),
+    task: Task | MakesObjective,
+    rows: Sequence[Row] = (),
     starts: Sequence[Path | None] = (),
 ) -> list[Trainable]:
     """An adapter in `model` for each of the settings, all of kind "lora". As `prepare`."""
@@ -78,8 +79,8 @@ def prepare_many(
 
 def fit_many(
     trainables: Sequence[Trainable],
-    train_rows: Sequence[Encoded],
-    validation_rows: Sequence[Encoded],
+    train_rows: Sequence[Row],
+    validation_rows: Sequence[Row],
     folders: Sequence[Path],
     *,
     halving: bool = False,
@@ -147,7 +148,7 @@ class _Many:
                 raise self._fits[0].interrupted()
 
     def _advance(
-        self, number: int, rows: Sequence[Encoded], loss: Tensor, share: float
+        self, number: int, rows: Sequence[Row], loss: Tensor, share: float
     ) -> Iterator[tuple[int, Event | Failed]]:
         try:
             for event in self._fits[number].advance(rows, loss, time.perf_counter() - share):
@@ -158,7 +159,7 @@ class _Many:
             self._active.discard(number)
             yield number, Failed(error)
 
-    def _gradients(self, rows: dict[int, list[Encoded]]) -> dict[int, Tensor]:
+    def _gradients(self, rows: dict[int, list[Row]]) -> dict[int, Tensor]:
         """Each run's loss, its gradients left at its parameters."""
         if self._together is None or len(rows) == 1:
             return {n: self._alone(n, own) for n, own in rows.items()}
@@ -184,7 +185,7 @@ class _Many:
                 losses[n] = losses[n] + mean.detach().float()
         return losses
 
-    def _alone(self, number: int, rows: Sequence[Encoded]) -> Tensor:
+    def _alone(self, number: int, rows: Sequence[Row]) -> Tensor:
         fit = self._fits[number]
         return fit.stepper.gradients(fit.next_step, rows)
 
@@ -221,5 +222,6 @@ def _together(trainables: Sequence[Trainable]) -> Together | None:
         return None
     if any(t.method.dora or t.method.biases != "none" for t in trainables):
         return None
-    fuse = first.training.fuse_blocks
-    return Together.of(first.model, first.task, fuse_blocks=fuse)
+    if callable(first.task):
+        return None
+    return Together.of(first.model, first.task, fuse_blocks=first.training.fuse_blocks)

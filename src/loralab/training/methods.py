@@ -10,11 +10,13 @@ from torch import nn
 
 from loralab.adapters import LoRAConfig, adapter_parameters, attach, detach, use
 from loralab.config import MethodSection, Task, TrainingSection
-from loralab.data import Encoded
+from loralab.data import Row
 from loralab.errors import ConfigError, TargetError
 from loralab.models import blocks, enable_activation_checkpointing, head_name, lower_parameters
 from loralab.placement import device_kind
+from loralab.training.batches import text_rows
 from loralab.training.devices import choose_device, use_threads
+from loralab.training.objective import MakesObjective
 from loralab.training.starting import (
     FROM_DATA,
     KEPT,
@@ -50,7 +52,7 @@ class Trainable:
     """
 
     model: nn.Module
-    task: Task
+    task: Task | MakesObjective
     method: MethodSection
     training: TrainingSection
     groups: tuple[ParameterGroup, ...]
@@ -112,8 +114,8 @@ def prepare(
     method: MethodSection,
     training: TrainingSection,
     *,
-    task: Task,
-    rows: Sequence[Encoded] = (),
+    task: Task | MakesObjective,
+    rows: Sequence[Row] = (),
     start: Path | None = None,
     device: torch.device | None = None,
     name: str = ADAPTER_NAME,
@@ -125,6 +127,7 @@ def prepare(
     alone. Biases and norms (fewer than two dimensions) have no weight decay.
 
     rows: training rows, for initialisers that look at data (`eva`, `lora_ga`).
+    task: what the loss is; of rows that are no text, what makes their objective.
     start: where `Trainable.keep_start` wrote what the run began with; used if it is there.
     device: instead of the one that `training.device` names ("meta": shapes, for plans).
     name: what a LoRA run's adapter is called; a model that trains several hosts one a run.
@@ -142,7 +145,7 @@ def prepare(
             route = name
             adapter = _attach(model, method, training, task, head, rows, start, name)
             chosen = adapter_parameters(model, route)
-            num_frozen = len(blocks(model)[1])
+            num_frozen = 0 if callable(task) else len(blocks(model)[1])
         case "full":
             chosen = dict(model.named_parameters())
         case "frozen":
@@ -153,7 +156,7 @@ def prepare(
         case "head":
             if head is None:
                 raise ConfigError(
-                    "method.kind 'head' needs a classification head, and model.task is 'causal'",
+                    "method.kind 'head' needs a classification head, and this task has none",
                     "choose lora, frozen or full, or set model.task to 'classification'.",
                 )
             num_frozen = len(blocks(model)[1])
@@ -195,9 +198,9 @@ def _attach(
     model: nn.Module,
     method: MethodSection,
     training: TrainingSection,
-    task: Task,
+    task: Task | MakesObjective,
     head: str | None,
-    rows: Sequence[Encoded],
+    rows: Sequence[Row],
     start: Path | None,
     name: str,
 ) -> LoRAConfig:
@@ -205,7 +208,13 @@ def _attach(
     if start is not None and start.is_file():
         starts, config = read_start(start, config)
     elif method.init in FROM_DATA and not next(model.parameters()).is_meta:
-        starts, config = starts_from_data(model, config, method, training, task=task, rows=rows)
+        if callable(task):
+            raise ConfigError(
+                f"method.init {method.init!r} looks at rows of text, and these are none",
+                "choose kaiming, gaussian, orthogonal, pissa or olora.",
+            )
+        texts = text_rows(rows)
+        starts, config = starts_from_data(model, config, method, training, task=task, rows=texts)
     seed = stream_seed(training.seed, "initialisation")
     attach(model, config, name=name, seed=seed, starts=starts)
     marker = f"{ADAPTERS}{name}.A"

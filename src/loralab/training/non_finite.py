@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from loralab.data import Encoded
+from loralab.data import Row
 from loralab.errors import TrainingError
-from loralab.training.forward import Forward
 from loralab.training.methods import Trainable
+from loralab.training.objective import Objective
 from loralab.training.optimiser import Optimiser
 from loralab.training.streams import dropout_stream
 
 
 def blame(
     trainable: Trainable,
-    forward: Forward,
+    objective: Objective,
     optimiser: Optimiser,
-    pieces: Sequence[Sequence[Encoded]],
+    pieces: Sequence[Sequence[Row]],
     step: int,
 ) -> TrainingError:
     """The error that names where the first number of step `step` that is not finite appeared.
@@ -30,7 +30,7 @@ def blame(
     """
     origin = (
         _bad_weight(trainable.model)
-        or _bad_output(trainable, forward, pieces, step)
+        or _bad_output(trainable, objective, pieces, step)
         or _bad_gradient(optimiser)
         or "the loss itself"
     )
@@ -52,12 +52,12 @@ def _bad_weight(model: nn.Module) -> str | None:
 
 
 def _bad_output(
-    trainable: Trainable, forward: Forward, pieces: Sequence[Sequence[Encoded]], step: int
+    trainable: Trainable, objective: Objective, pieces: Sequence[Sequence[Row]], step: int
 ) -> str | None:
     for_step = dropout_stream(trainable.training.seed, step, trainable.device)
     with _watched(trainable.model) as seen, for_step, torch.no_grad():
         for piece in pieces:
-            forward(piece)
+            objective.nll_sum(piece)
             if seen:
                 return f"the output of {seen[0]}"
     return None

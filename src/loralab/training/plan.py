@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from loralab.config import TrainingSection
-from loralab.data import Encoded, epoch_batches, order_hash
+from loralab.data import Row, epoch_batches, order_hash
 from loralab.errors import DataError
 from loralab.training.streams import stream_seed
 
@@ -36,7 +36,7 @@ class Plan:
         return order_hash(order[: self.total_steps])
 
 
-def lay_out(rows: Sequence[Encoded], training: TrainingSection) -> Plan:
+def lay_out(rows: Sequence[Row], training: TrainingSection) -> Plan:
     """The plan of a run.
 
     A step sees `batch_size * accumulation` rows, drawn as one batch and then cut into pieces of
@@ -61,7 +61,7 @@ def lay_out(rows: Sequence[Encoded], training: TrainingSection) -> Plan:
         for share in range(1, shares + 1)
     }
     return Plan(
-        lengths=tuple(len(row.input_ids) for row in rows),
+        lengths=tuple(row.num_tokens for row in rows),
         rows_per_step=rows_per_step,
         seed=stream_seed(training.seed, "data"),
         steps_per_epoch=steps_per_epoch,

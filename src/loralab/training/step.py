@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from loralab.config import TrainingSection
-from loralab.data import Encoded
+from loralab.data import Row
 from loralab.fusion import Matched, fused, matching_blocks
 from loralab.training.attention import training_attention
+from loralab.training.batches import text_rows
 from loralab.training.compiling import (
     INDUCTOR,
     Backend,
@@ -24,9 +25,10 @@ from loralab.training.compiling import (
     fits,
     regions,
 )
-from loralab.training.forward import Forward, num_targets
+from loralab.training.forward import Forward, objective_of
 from loralab.training.methods import Trainable
 from loralab.training.non_finite import blame
+from loralab.training.objective import Objective
 from loralab.training.offload import offloaded
 from loralab.training.optimiser import Optimiser
 from loralab.training.plan import lay_out
@@ -47,14 +49,14 @@ class Outcome:
 class Stepper:
     """Does steps; `without_gradient` tells which parameters no gradient has ever reached."""
 
-    def __init__(self, trainable: Trainable, optimiser: Optimiser, forward: Forward) -> None:
+    def __init__(self, trainable: Trainable, optimiser: Optimiser, objective: Objective) -> None:
         self._trainable = trainable
         self._optimiser = optimiser
-        self._forward = forward
+        self._objective = objective
         self._unreached = set(trainable.parameters)
         self._regions: Regions | None = None
 
-    def compile(self, rows: Sequence[Encoded], backend: Backend = INDUCTOR) -> None:
+    def compile(self, rows: Sequence[Row], backend: Backend = INDUCTOR) -> None:
         """From now on run the blocks compiled that no function of room fusion runs.
 
         They are compiled now, on batches of `rows`; neither weights nor random streams change.
@@ -76,7 +78,7 @@ class Stepper:
         others = [each.module for each in self._fusible]
         return regions(trainable.model, others, first=first, backend=backend)
 
-    def try_out(self, rows: Sequence[Encoded], *, compiled: bool = True) -> None:
+    def try_out(self, rows: Sequence[Row], *, compiled: bool = True) -> None:
         """A forward and backward of `rows` that leaves no trace."""
         model, kept = self._trainable.model, self._regions
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -89,14 +91,14 @@ class Stepper:
             for buffer, before in buffers:
                 buffer.copy_(before)
 
-    def step(self, step: int, rows: Sequence[Encoded], factor: float) -> Outcome:
+    def step(self, step: int, rows: Sequence[Row], factor: float) -> Outcome:
         """Step number `step` on `rows`, with every learning rate times `factor`.
 
         Raises `TrainingError` where the loss or a gradient is not finite.
         """
         return self.conclude(step, rows, self.gradients(step, rows), factor)
 
-    def gradients(self, step: int, rows: Sequence[Encoded]) -> Tensor:
+    def gradients(self, step: int, rows: Sequence[Row]) -> Tensor:
         """The loss of `rows`, whose gradients are left at the parameters.
 
         It is the sum over all targets of the step divided by their number, whatever the pieces:
@@ -108,13 +110,13 @@ class Stepper:
             losses = (self._backward(piece, total) for piece in pieces_of(rows, training))
             return sum(losses, start=torch.zeros(()))
 
-    def conclude(self, step: int, rows: Sequence[Encoded], loss: Tensor, factor: float) -> Outcome:
+    def conclude(self, step: int, rows: Sequence[Row], loss: Tensor, factor: float) -> Outcome:
         """Clip and move, given the loss and the gradients of `rows`. As `step`."""
         grad_norm = self._optimiser.grad_norm()
         loss_value, norm_value = torch.stack([loss, grad_norm.to(loss.device)]).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             pieces = pieces_of(rows, self._trainable.training)
-            raise blame(self._trainable, self._forward, self._optimiser, pieces, step)
+            raise blame(self._trainable, self._objective, self._optimiser, pieces, step)
         if step <= 2:
             self._note_gradients()
         rates = self._optimiser.step(factor, grad_norm)
@@ -123,7 +125,7 @@ class Stepper:
             grad_norm=norm_value,
             learning_rates=rates,
             rows=len(rows),
-            tokens=sum(len(row.input_ids) for row in rows),
+            tokens=sum(row.num_tokens for row in rows),
         )
 
     def without_gradient(self) -> set[str]:
@@ -138,20 +140,27 @@ class Stepper:
         wanted = self._trainable.training.fuse_blocks and self._trainable.route is not None
         return matching_blocks(self._trainable.model) if wanted else []
 
-    def _backward(self, piece: Sequence[Encoded], total: int) -> Tensor:
+    def _backward(self, piece: Sequence[Row], total: int) -> Tensor:
         # around backward too: activation checkpointing computes the forward again there
-        width = max(len(row.input_ids) for row in piece)
-        read = self._forward.read_positions(piece) if self._fusible else None
+        width = max(row.num_tokens for row in piece)
+        read = self._read_positions(piece)
         with ExitStack() as stack:
             stack.enter_context(training_attention(self._trainable.model, width))
             stack.enter_context(fused(self._fusible, read))
             stack.enter_context(self._compiled(piece))
             with self._offloaded():
-                nll = self._forward.nll_sum(piece) / total
+                nll = self._objective.nll_sum(piece) / total
             nll.backward()
         return nll.detach().float()
 
-    def _compiled(self, piece: Sequence[Encoded]) -> AbstractContextManager[object]:
+    def _read_positions(self, piece: Sequence[Row]) -> Tensor | None:
+        """Where the loss reads the output of the last of the fused blocks; None for everywhere."""
+        objective = self._objective
+        if not self._fusible or not isinstance(objective, Forward):
+            return None
+        return objective.read_positions(text_rows(piece))
+
+    def _compiled(self, piece: Sequence[Row]) -> AbstractContextManager[object]:
         wanted = self._regions and fits(piece, self._trainable.training.batch_size)
         return self._regions.compiled() if self._regions and wanted else nullcontext()
 
@@ -166,19 +175,19 @@ class Stepper:
                 self._unreached.discard(name)
 
 
-def pieces_of(rows: Sequence[Encoded], training: TrainingSection) -> list[Sequence[Encoded]]:
+def pieces_of(rows: Sequence[Row], training: TrainingSection) -> list[Sequence[Row]]:
     """The rows of a step in pieces of `batch_size`, one forward and backward each."""
     size = training.batch_size
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def total_targets(rows: Sequence[Encoded]) -> int:
+def total_targets(rows: Sequence[Row]) -> int:
     """What the loss of a step is divided by."""
-    return max(1, sum(num_targets(row) for row in rows))
+    return max(1, sum(row.num_targets for row in rows))
 
 
 def choose_compile(
-    trainable: Trainable, rows: Sequence[Encoded], *, backend: Backend = INDUCTOR
+    trainable: Trainable, rows: Sequence[Row], *, backend: Backend = INDUCTOR
 ) -> CompileChoice:
     """Whether a training of `trainable` on `rows` is faster with compiled blocks, by trying.
 
@@ -186,9 +195,8 @@ def choose_compile(
     """
     training = trainable.training
     optimiser = Optimiser(trainable.groups, training)
-    forward = Forward(trainable.model, trainable.task, route=trainable.route)
-    stepper = Stepper(trainable, optimiser, forward)
-    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    stepper = Stepper(trainable, optimiser, objective_of(trainable))
+    ordered = sorted(rows, key=lambda row: row.num_tokens)
     typical = [ordered[len(ordered) // 2]] * training.batch_size
     try:
         return choose(
@@ -202,15 +210,14 @@ def choose_compile(
         optimiser.close()
 
 
-def repeatable_step(trainable: Trainable, *batches: Sequence[Encoded]) -> Callable[[], Outcome]:
+def repeatable_step(trainable: Trainable, *batches: Sequence[Row]) -> Callable[[], Outcome]:
     """A whole optimiser step at every call, on each of `batches` in turn, for meters.
 
     It changes the trained weights, and holds what a training holds between steps: the optimiser's
     state, and no gradients.
     """
     optimiser = Optimiser(trainable.groups, trainable.training)
-    forward = Forward(trainable.model, trainable.task, route=trainable.route)
-    stepper = Stepper(trainable, optimiser, forward)
+    stepper = Stepper(trainable, optimiser, objective_of(trainable))
     turns = enumerate(itertools.cycle(batches), start=1)
 
     def step() -> Outcome:
