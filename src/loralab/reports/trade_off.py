@@ -31,7 +31,6 @@ def trade_off_chart(
         "scale": by_method(styles, "colour"),
         "legend": None,
     }
-    rule = {"type": "rule", "strokeWidth": 1.25, "opacity": 0.6}
     x, y = {"field": "forgotten", **across}, {"field": "gain", **up}
     tooltip = [
         {"field": "dial", "type": "nominal"},
@@ -39,6 +38,11 @@ def trade_off_chart(
         {"field": "forgotten", "type": "quantitative", "format": ".4f"},
         {"field": "gain", "type": "quantitative", "format": ".4f"},
     ]
+
+    def interval(ends: Spec) -> Spec:
+        mark = {"type": "rule", "strokeWidth": 1.25, "opacity": 0.6}
+        return {"mark": mark, "encoding": {**ends, "color": colour}}
+
     points = {"type": "point", "filled": True, "size": 70, "opacity": 1}
     layers: list[Spec] = [
         {
@@ -50,24 +54,8 @@ def trade_off_chart(
                 "order": {"field": "value", "type": "quantitative"},
             },
         },
-        {
-            "mark": rule,
-            "encoding": {
-                "x": x,
-                "y": {"field": "low", **up},
-                "y2": {"field": "high"},
-                "color": colour,
-            },
-        },
-        {
-            "mark": rule,
-            "encoding": {
-                "y": y,
-                "x": {"field": "least", **across},
-                "x2": {"field": "most"},
-                "color": colour,
-            },
-        },
+        interval({"x": x, "y": {"field": "low", **up}, "y2": {"field": "high"}}),
+        interval({"y": y, "x": {"field": "least", **across}, "x2": {"field": "most"}}),
         {
             "mark": points,
             "encoding": {
