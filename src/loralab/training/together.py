@@ -10,18 +10,13 @@ positions are noted for every block, and goes on after the last with that run's 
 model is tried first; where its blocks give something else this way, there is no `Together`.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loralab.adapters import declare_tokens, hosted, streams, use
 from loralab.config import Task
@@ -30,45 +25,24 @@ from loralab.errors import ModelError
 from loralab.fusion import Matched, agrees, matching_blocks, own_modules, read_call, run_fused
 from loralab.models import blocks, evaluating
 from loralab.training.attention import training_attention
+from loralab.training.by_run import (
+    Batch,
+    attention_by_run,
+    hidden_of,
+    joined,
+    line_up,
+    segments,
+    split,
+)
 from loralab.training.forward import Forward
 from loralab.training.streams import RunStream
 
-ATTENTION = "loralab_by_run"
 TRIED = (((5, 3), 5), ((4, 4, 2), 4))
 """Lengths of rows and width of the two batches that a model is tried with."""
 
 
 class _ReachedError(Exception):
     """Ends a forward at the last block: its inputs are known."""
-
-
-@dataclass
-class Batch:
-    """One run's rows on their way through the model."""
-
-    name: str
-    rows: Sequence[Encoded]
-    start: int = 0  # of its tokens among all
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    attention: str = "sdpa"
-
-    @property
-    def hidden(self) -> Float[Tensor, "rows tokens width"]:
-        """What the first block is given."""
-        args, kwargs = self.calls[0]
-        return args[0] if args else kwargs["hidden_states"]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, tokens)."""
-        rows, tokens, _ = self.hidden.shape
-        return rows, tokens
-
-    @property
-    def tokens(self) -> slice:
-        """Where its tokens stand among all."""
-        rows, tokens = self.shape
-        return slice(self.start, self.start + rows * tokens)
 
 
 class Together:
@@ -108,15 +82,15 @@ class Together:
         for name, own in rows.items():
             before[name] = random[name].state()
             batches.append(self._enter(Batch(name, own), random[name]))
-        _place(batches)
+        line_up(batches)
         x = torch.cat([batch.hidden.flatten(0, 1) for batch in batches])
         names = [batch.name for batch in batches]
         generators = {name: random[name].generator for name in names}
-        with use(self._model, names, segments=_segments(batches)), streams(generators):
+        with use(self._model, names, segments=segments(batches)), streams(generators):
             x = self._run_blocks(x, batches, random)
         return {
             batch.name: self._leave(batch, own, random[batch.name], before[batch.name])
-            for batch, own in zip(batches, _split(x, batches), strict=True)
+            for batch, own in zip(batches, split(x, batches), strict=True)
         }
 
     def _enter(self, batch: Batch, stream: RunStream) -> Batch:
@@ -146,7 +120,7 @@ class Together:
 
         def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             if number < last:
-                return _hidden_of(args, kwargs)
+                return hidden_of(args, kwargs)
             stream.set_default_state(after)
             return hidden
 
@@ -176,7 +150,7 @@ class Together:
             y = run_fused(matched, x, pieces)
             if y is not None:
                 return y
-        args, kwargs = _joined([batch.calls[number] for batch in batches], x, batches)
+        args, kwargs = joined([batch.calls[number] for batch in batches], x, batches)
         return layer(*args, **kwargs)[0]
 
     def _wanted(self, batch: Batch) -> Tensor | None:
@@ -199,7 +173,7 @@ class _Note:
         self._batch.calls.append((args, kwargs))
         if number == self._last:
             raise _ReachedError
-        return _hidden_of(args, kwargs)
+        return hidden_of(args, kwargs)
 
 
 @contextmanager
@@ -218,165 +192,6 @@ def stood_in(
     finally:
         for layer in layers:
             del vars(layer)["forward"]
-
-
-@dataclass
-class _Place:
-    """Where the runs' blocks are now, for what attention is called with."""
-
-    batches: Sequence[Batch]
-    random: Mapping[str, RunStream]
-    block: int = 0
-
-    def split(self, x: Shaped[Tensor, "1 tokens *rest"]) -> Iterator[tuple[Batch, Tensor]]:
-        """Each run's part of the tokens, as its batch."""
-        for batch, own in zip(self.batches, _split(x[0], self.batches), strict=True):
-            yield batch, own.unflatten(0, batch.shape)
-
-    @contextmanager
-    def drawing(self, batch: Batch) -> Iterator[None]:
-        """Inside, the default generator is the run's."""
-        if batch.name not in self.random:
-            yield
-            return
-        with self.random[batch.name].as_default():
-            yield
-
-
-_place_now: ContextVar[_Place] = ContextVar("the runs' blocks")
-
-
-@contextmanager
-def attention_by_run(
-    layers: nn.ModuleList, batches: Sequence[Batch], random: Mapping[str, RunStream]
-) -> Iterator[_Place]:
-    """Inside, the blocks' attention and dropouts treat each run's tokens by themselves."""
-    place = _Place(batches, random)
-    token = _place_now.set(place)
-    configs = {id(c): c for m in layers.modules() if (c := vars(m).get("config")) is not None}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    dropouts = [m for m in layers.modules() if isinstance(m, nn.Dropout) and m.p and m.training]
-    try:
-        for config, _ in before:
-            config._attn_implementation = ATTENTION
-        for module in dropouts:
-            vars(module)["forward"] = _dropping(module, place)
-        yield place
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
-        for module in dropouts:
-            del vars(module)["forward"]
-        _place_now.reset(token)
-
-
-def _dropping(module: nn.Dropout, place: _Place) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        found = []
-        for batch, own in place.split(x):
-            with place.drawing(batch):
-                found.append(F.dropout(own, module.p, True).flatten(0, 1))
-        return torch.cat(found)[None]
-
-    return forward
-
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention that each run would have alone; all are (1, heads, tokens, head_size)."""
-    place = _place_now.get()
-    own_tokens = [place.split(heads.transpose(1, 2)) for heads in (query, key, value)]
-    outputs = []
-    for (batch, q), (_, k), (_, v) in zip(*own_tokens, strict=True):
-        args, named = batch.calls[place.block]
-        masks = [mask for mask in (*args, *named.values()) if _is_mask(mask, batch)]
-        default: Any = getattr(
-            sys.modules[type(module).__module__], "eager_attention_forward", None
-        )
-        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(batch.attention, default)
-        heads = [each.transpose(1, 2) for each in (q, k, v)]
-        with place.drawing(batch):
-            output, _ = attend(module, *heads, masks[0] if masks else None, **kwargs)
-        outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs)[None], None
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
-
-
-def _is_mask(value: Any, batch: Batch) -> bool:
-    rows, tokens = batch.shape
-    is_tensor = isinstance(value, Tensor) and value.ndim == 4
-    fits = is_tensor and value.shape[-1] == tokens and value.shape[-2] in (1, tokens)
-    return fits and value.shape[0] in (1, rows)
-
-
-def _joined(
-    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], x: Tensor, batches: Sequence[Batch]
-) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a block for all runs: `x` first, what else is by token one after another.
-
-    Masks are left out (attention takes each run's). Raises `ModelError` for what is neither.
-    """
-    args = [_join(values, batches) for values in zip(*(args for args, _ in calls), strict=True)]
-    kwargs = {key: _join([named[key] for _, named in calls], batches) for key in calls[0][1]}
-    if args:
-        args[0] = x[None]
-    else:
-        kwargs["hidden_states"] = x[None]
-    return args, kwargs
-
-
-def _join(values: Sequence[Any], batches: Sequence[Batch]) -> Any:
-    first = values[0]
-    given = zip(values, batches, strict=True)
-    if all(value is None or _is_mask(value, batch) for value, batch in given):
-        return None
-    if isinstance(first, tuple):
-        return tuple(_join(each, batches) for each in zip(*values, strict=True))
-    if not isinstance(first, Tensor):
-        if any(type(value) is not type(first) for value in values):
-            raise ModelError("the runs' blocks are called with different arguments", _ALONE)
-        return first
-    tokens = []
-    for value, batch in zip(values, batches, strict=True):
-        if value.ndim < 2 or value.shape[1] != batch.shape[1]:
-            raise ModelError(f"a block is given a tensor of shape {tuple(value.shape)}", _ALONE)
-        tokens.append(value.expand(batch.shape[0], *value.shape[1:]).flatten(0, 1))
-    return torch.cat(tokens)[None]
-
-
-_ALONE = "train the runs alone."
-
-
-def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _place(batches: Sequence[Batch]) -> None:
-    start = 0
-    for batch in batches:
-        batch.start = start
-        start = batch.tokens.stop
-
-
-def _split(
-    x: Shaped[Tensor, "tokens *rest"], batches: Sequence[Batch]
-) -> tuple[Shaped[Tensor, "_ *rest"], ...]:
-    """Each run's tokens. In one call: the gradient of a slice is as large as the whole."""
-    return x.split([batch.tokens.stop - batch.tokens.start for batch in batches])
-
-
-def _segments(batches: Sequence[Batch]) -> Tensor:
-    """(1, tokens): the number of each token's run."""
-    sizes = torch.tensor([batch.tokens.stop - batch.tokens.start for batch in batches])
-    return torch.arange(len(batches)).repeat_interleave(sizes)[None]
 
 
 def _layers(model: nn.Module) -> nn.ModuleList | None:
@@ -402,13 +217,13 @@ def _tried(model: nn.Module, layers: nn.ModuleList) -> bool:
         batches = [batch for batch, _ in trials]
         if not all(isinstance(end, Tensor) and batch.calls for batch, end in trials):
             return False
-        _place(batches)
+        line_up(batches)
         x = torch.cat([batch.hidden.flatten(0, 1) for batch in batches])
         try:
             with attention_by_run(layers, batches, {}) as place:
                 for number, layer in enumerate(layers):
                     place.block = number
-                    args, kwargs = _joined([b.calls[number] for b in batches], x, batches)
+                    args, kwargs = joined([b.calls[number] for b in batches], x, batches)
                     x = layer(*args, **kwargs)[0]
         except Exception:  # whatever a model of another kind trips over
             return False
