@@ -6,6 +6,7 @@ import tomllib
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 import loralab
 from loralab.cli import main
@@ -21,6 +22,8 @@ from loralab.errors import (
 from loralab.models import precision
 from loralab.runs.folder import open_run
 from loralab.runs.train import train
+from loralab.training import compiling
+from loralab.training.step import Stepper
 
 METHODS = ["lora", "full", "frozen", "head"]
 
@@ -56,6 +59,27 @@ def test_an_automatic_dtype_is_measured_once_and_written_down(speedup, trained, 
     stored = tomllib.loads((run.folder / "config.toml").read_text())
     assert stored["model"]["dtype"] == run.config.model.dtype
     precision.choose_dtype.cache_clear()
+
+
+@pytest.mark.parametrize("setting", ["on", "off"])
+def test_automatic_compiling_is_timed_once_and_written_down(
+    setting, settings, tmp_path, monkeypatch
+):
+    counter, compile_with = CompileCounter(), Stepper.compile
+    monkeypatch.setattr(
+        Stepper, "compile", lambda own, rows, _=None: compile_with(own, rows, counter)
+    )
+    monkeypatch.setattr(compiling, "FEWEST_STEPS", 1)
+    monkeypatch.setattr(compiling, "LIKELY_COMPILE_SECONDS", 0.0)
+    monkeypatch.setattr(compiling, "CLEARLY_FASTER", 1e9 if setting == "on" else 0.0)
+    chosen = train(settings(training__compile="auto"), tmp_path / "chosen")
+    given = train(settings(training__compile=setting), tmp_path / "given")
+    stored = tomllib.loads((chosen.folder / "config.toml").read_text())
+    assert stored["training"]["compile"] == setting
+    assert chosen.manifest["compile"]["setting"] == setting
+    assert chosen.manifest["compile"]["compiled_seconds"] > 0
+    metrics = [(run.folder / "metrics.jsonl").read_bytes() for run in (chosen, given)]
+    assert metrics[0] == metrics[1]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -17,7 +17,7 @@ from loralab.adapters.fingerprint import fingerprint, is_from_base
 from loralab.adapters.fitting import misfits
 from loralab.adapters.hosting import Pair, adapted_modules
 from loralab.adapters.in_place import merge_in_place, restore
-from loralab.adapters.members import Member, base_member, member_in_force, member_of, share
+from loralab.adapters.members import Member, base_member, member_in_force, share
 from loralab.adapters.merge import merge, save_merged
 from loralab.adapters.merging import Change, change_at
 from loralab.adapters.noise import stream_of, streams
@@ -80,7 +80,6 @@ __all__ = [
     "load_adapter",
     "lora_ga_starts",
     "member_in_force",
-    "member_of",
     "merge",
     "merge_checkpoint",
     "merge_in_place",

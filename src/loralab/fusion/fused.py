@@ -40,14 +40,11 @@ def _stand_in(
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = read_call(args, kwargs) if torch.is_grad_enabled() else None
-        rows = (
-            None
-            if call is None
-            else run_fused(matched, call.x.flatten(0, 1), [call.piece(0, wanted)])
-        )
-        return (
-            original(*args, **kwargs) if call is None or rows is None else rows.view(call.x.shape)
-        )
+        if call is not None:
+            y = run_fused(matched, call.x.flatten(0, 1), [call.piece(0, wanted)])
+            if y is not None:
+                return y.view(call.x.shape)
+        return original(*args, **kwargs)
 
     return forward
 

@@ -1,10 +1,9 @@
 """The plan of a training step: what it needs, whether that fits, what would make it smaller."""
 
-import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from loralab.adapters import collector_paused
 from loralab.config import RunConfig
 from loralab.data import Encoded
 from loralab.errors import UntraceableError
@@ -118,7 +117,7 @@ class Planner:
         any error of the settings.
         """
         key = (config.model_dump_json(), tuple(len(row.input_ids) for row in rows))
-        with _collector_paused():
+        with collector_paused():  # of the many small objects that fake tensors make
             known = self._plans.get(key)
             if known is None:
                 known = self._plans[key] = self._made(config, rows, whole=False)
@@ -172,15 +171,3 @@ def whole_numbers(parts: Mapping[str, float | int], total: int) -> dict[str, int
     largest = max(rounded, key=lambda kind: rounded[kind])
     rounded[largest] += total - sum(rounded.values())
     return rounded
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Fake tensors make many small objects: the collector would take a fifth of the time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
