@@ -5,7 +5,7 @@
 
 import argparse
 import json
-import random
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,18 +15,19 @@ from typing import Any
 import torch
 
 from loralab import adapters
+from loralab.config import MethodSection, TrainingSection
 from loralab.imaging import (
     LOOKS,
     PLAIN,
     STYLE_TARGETS,
     STYLES,
     Denoiser,
-    Denoising,
     Digits,
     ImageRow,
     Judges,
     base_is_no_style,
     build_denoiser,
+    denoising,
     digit_accuracy,
     frechet_distance,
     load_denoiser,
@@ -40,9 +41,10 @@ from loralab.imaging import (
     train_judges,
     write_grid,
 )
+from loralab.training import StepDone, Trainable, fit, prepare
 
 BASE_RATE, STYLE_RATE = 2e-3, 3e-3
-BASE_BATCH, STYLE_BATCH = 64, 16  # of a style's step: rows of each style
+BASE_BATCH, STYLE_BATCH = 64, 16
 RANK, ALPHA = 8, 16
 MIX_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -50,6 +52,7 @@ MIX_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def main() -> None:
     """Run everything and print one JSON document, or lines."""
     arguments = _arguments()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
     torch.set_num_threads(arguments.threads)
     found = measure(arguments)
     if arguments.json:
@@ -64,9 +67,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     folder = Path(arguments.output)
     digits = load_digits()
-    denoiser = _timed(seconds, "base", lambda: _base(digits, arguments))
-    save_denoiser(denoiser, folder / "base")
-    _timed(seconds, "styles", lambda: train_styles(denoiser, digits, arguments.style_steps))
+    with tempfile.TemporaryDirectory() as runs:
+        base, styles = Path(runs, "base"), Path(runs, "styles")
+        denoiser = _timed(seconds, "base", lambda: _base(digits, base, arguments))
+        save_denoiser(denoiser, folder / "base")
+        _timed(seconds, "styles", lambda: train_styles(denoiser, digits, styles, arguments))
+    for style in STYLES:
+        adapters.save_adapter(denoiser.unet, style, folder / style)
     judges = train_judges(digits.held_out)
     looks = [None, *STYLES]
     thirty = [index % 10 for index in range(30)]
@@ -100,36 +107,26 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def train_base(digits: Digits, num_steps: int) -> Denoiser:
-    """A denoiser of the plain training digits."""
+def train_base(digits: Digits, folder: Path, arguments: argparse.Namespace) -> Denoiser:
+    """A denoiser of the plain training digits; `folder` is its run."""
     denoiser = build_denoiser()
-    objective = Denoising(denoiser, bfloat16=True)
-    batches = _batches(digits.train, BASE_BATCH, num_steps, seed=0)
-    _train(objective, denoiser.unet.parameters(), batches, BASE_RATE)
+    training = _training(BASE_RATE, BASE_BATCH, arguments.base_steps, digits, arguments)
+    method = MethodSection(kind="full")
+    task = denoising(denoiser.scheduler, bfloat16=True)
+    _run(prepare(denoiser.unet, method, training, task=task), digits.train, folder)
     return denoiser
 
 
-def train_styles(denoiser: Denoiser, digits: Digits, num_steps: int) -> None:
-    """An adapter for each style, all in one pass: each row goes its own style's way."""
-    config = adapters.LoRAConfig(rank=RANK, alpha=ALPHA, targets=STYLE_TARGETS)
-    for number, style in enumerate(STYLES):
-        adapters.attach(denoiser.unet, config, name=style, seed=number)
-    rows = {style: styled(digits.train, style) for style in STYLES}
-    batches = [
-        [row for style_rows in parts for row in style_rows]
-        for parts in zip(
-            *(_batches(rows[style], STYLE_BATCH, num_steps, seed=1) for style in STYLES),
-            strict=True,
-        )
-    ]
-    trained = [
-        parameter
-        for style in STYLES
-        for parameter in adapters.adapter_parameters(denoiser.unet, style).values()
-    ]
-    objective = Denoising(denoiser, bfloat16=True)
-    with adapters.use(denoiser.unet, [style for style in STYLES for _ in range(STYLE_BATCH)]):
-        _train(objective, trained, batches, STYLE_RATE, groups=len(STYLES))
+def train_styles(
+    denoiser: Denoiser, digits: Digits, folder: Path, arguments: argparse.Namespace
+) -> None:
+    """An adapter for each style over the same frozen base; each has its run under `folder`."""
+    training = _training(STYLE_RATE, STYLE_BATCH, arguments.style_steps, digits, arguments)
+    method = MethodSection(kind="lora", rank=RANK, alpha=ALPHA, targets=list(STYLE_TARGETS))
+    task = denoising(denoiser.scheduler, bfloat16=True)
+    for style in STYLES:
+        trainable = prepare(denoiser.unet, method, training, task=task, name=style)
+        _run(trainable, styled(digits.train, style), folder / style)
 
 
 def mixed(denoiser: Denoiser, start: str, end: str) -> dict[float, torch.Tensor]:
@@ -145,43 +142,32 @@ def mixed(denoiser: Denoiser, start: str, end: str) -> dict[float, torch.Tensor]
     }
 
 
-def _base(digits: Digits, arguments: argparse.Namespace) -> Denoiser:
+def _base(digits: Digits, folder: Path, arguments: argparse.Namespace) -> Denoiser:
     if arguments.base:
         return load_denoiser(Path(arguments.base))
-    return train_base(digits, arguments.base_steps)
+    return train_base(digits, folder, arguments)
 
 
-def _batches(
-    rows: Sequence[ImageRow], size: int, num_steps: int, seed: int
-) -> list[list[ImageRow]]:
-    """So many batches, epoch after epoch, each epoch shuffled anew."""
-    order = random.Random(seed)
-    pool: list[ImageRow] = []
-    while len(pool) < size * num_steps:
-        pool += order.sample(list(rows), len(rows))
-    return [pool[step * size : (step + 1) * size] for step in range(num_steps)]
+def _training(
+    rate: float, batch_size: int, num_steps: int, digits: Digits, arguments: argparse.Namespace
+) -> TrainingSection:
+    return TrainingSection(
+        learning_rate=rate,
+        batch_size=batch_size,
+        epochs=-(-num_steps * batch_size // len(digits.train)) + 1,
+        max_steps=num_steps,
+        weight_decay=0.0,
+        checkpoint_steps=1000,
+        device="cpu",
+        threads=arguments.threads,
+    )
 
 
-def _train(
-    objective: Denoising,
-    parameters: Any,
-    batches: Sequence[Sequence[ImageRow]],
-    rate: float,
-    groups: int = 1,
-) -> None:
-    """AdamW, a short warmup, then linearly to nothing. `groups` sets of parameters share a batch,
-    each with its part of the rows: the loss is the sum of the parts' means."""
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    torch.manual_seed(0)
-    objective.model.train()
-    for step, batch in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min((step + 1) / 50, 1 - step / len(batches))
-        (objective.nll_sum(batch) * groups / len(batch)).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0 * groups**0.5)
-        optimizer.step()
-        optimizer.zero_grad()
+def _run(trainable: Trainable, rows: Sequence[ImageRow], folder: Path) -> None:
+    """The product's own loop, without validation: no choice is made by held-out rows."""
+    for event in fit(trainable, rows, (), folder):
+        if isinstance(event, StepDone) and event.step % 100 == 0:
+            logging.info("%s step %d loss %.4f", folder.name, event.step, event.loss)
 
 
 def _judged(
