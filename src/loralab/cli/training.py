@@ -196,6 +196,11 @@ def _evaluate_forgetting(
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path),
+    help="Draw: RUN holds base/ and its adapters, PROMPT is CLASS[:ADAPTER[=WEIGHT][,...]] ...",
+)
 @common
 def generate(
     run: Path,
@@ -203,19 +208,30 @@ def generate(
     max_tokens: int,
     temperature: float,
     seed: int,
+    image: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Continue a prompt with a trained language model, or classify it with a classifier.
+    """Continue a prompt with a language model, classify it with a classifier, or draw images.
 
     \b
     Examples:
       loralab generate runs/chat "Write a haiku about rank."
       loralab generate runs/rank-8 "A gripping film from start to end."
+      loralab generate styles "3:bold 3:chalk 3 3:bold=0.5,chalk=0.5" --image threes.png
     """
+    console = console_for(as_json, quiet)
+    if image is not None:
+        from loralab.runs.images import generate_images
+
+        drawn = generate_images(run, prompt, image, seed=seed, listen=console.listen)
+        if as_json:
+            console.data(drawn)
+        else:
+            console.text(drawn["image"])
+        return
     from loralab.runs.generate import generate as generate_from
 
-    console = console_for(as_json, quiet)
     answer = generate_from(
         run,
         prompt,

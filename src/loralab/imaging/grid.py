@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loralab.errors import ModelError
+from loralab.files import replacing
 
 _GAP, _LABEL_HEIGHT, _LABEL_WIDTH = 2, 14, 72
 
@@ -22,7 +23,7 @@ def write_grid(
 ) -> None:
     """Rows of grey or RGB images in [-1, 1], each enlarged `zoom` times, as one PNG.
 
-    Raises `ModelError` without pillow.
+    Raises `ModelError` without pillow, `OutputError` where `path` cannot be written.
     """
     try:
         from PIL import Image, ImageDraw
@@ -43,8 +44,8 @@ def write_grid(
         for column, image in enumerate(images):
             place = (_LABEL_WIDTH + column * width, top + row * height)
             sheet.paste(Image.fromarray(_pixels(image, zoom)), place)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with replacing(path) as aside:
+        sheet.save(aside, format="PNG")
 
 
 def _pixels(image: Float[Tensor, "channels height width"], zoom: int):

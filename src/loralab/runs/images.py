@@ -1,0 +1,114 @@
+"""`loralab generate FOLDER "3:bold 3" --image FILE`: images of a denoiser, each along its route."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loralab.adapters import load_adapter
+from loralab.errors import DataError, ModelError, nearest
+from loralab.events import Listener, Note, Phase, ignore
+from loralab.imaging import Denoiser, load_denoiser, sample_images, write_grid
+
+BASE = "base"
+SYNTAX = "write CLASS, CLASS:ADAPTER or CLASS:ADAPTER=WEIGHT,ADAPTER=WEIGHT, with spaces between."
+_COLUMNS = 10
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One image: its class, and the weight of each adapter."""
+
+    label: int
+    route: dict[str, float]
+
+
+def generate_images(
+    folder: str | Path,
+    prompt: str,
+    image: str | Path,
+    *,
+    seed: int = 0,
+    listen: Listener = ignore,
+) -> dict[str, Any]:
+    """Images by a denoiser and the adapters beside it, all in one batch, as one PNG.
+
+    folder: holds `base/` (a diffusers folder) and a folder for each adapter.
+    prompt: words `CLASS[:ADAPTER[=WEIGHT][,...]]`, an image each; without an adapter the base's.
+    seed: of the first image; the next has the next one. Seed, class and route decide an image.
+
+    Raises `ModelError` for a folder without a denoiser, `DataError` that lists every word that
+    cannot be followed, `OutputError` where the PNG cannot be written.
+    """
+    folder, image = Path(folder), Path(image)
+    if not (folder / BASE).is_dir():
+        raise ModelError(
+            f"{folder} has no {BASE}/, so there is no image model",
+            f"name a folder with a diffusers folder {BASE}/ and one folder for each adapter.",
+        )
+    known = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    listen(Phase("loading the model", None, "files"))
+    denoiser = load_denoiser(folder / BASE)
+    wanted = parse_prompt(prompt, known, num_classes=denoiser.none_class)
+    for name in sorted({name for each in wanted for name in each.route}):
+        load_adapter(denoiser.unet, folder / name, name)
+    return _generate(denoiser, wanted, image, seed, listen)
+
+
+def parse_prompt(prompt: str, known: Sequence[str], *, num_classes: int) -> list[Wanted]:
+    """The images that a prompt asks for. Raises `DataError` with all its faults."""
+    faults: list[str] = []
+    wanted: list[Wanted] = []
+    for word in prompt.split():
+        text, _, route = word.partition(":")
+        if not (text.isascii() and text.isdigit() and int(text) < num_classes):
+            faults.append(f"{word!r}: {text!r} is no class from 0 to {num_classes - 1}")
+            continue
+        weights: dict[str, float] = {}
+        for part in filter(None, route.split(",")):
+            name, equals, weight = part.partition("=")
+            if name not in known:
+                faults.append(f"{word!r}: no adapter {name!r}; {nearest(name, known)}")
+            elif name in weights:
+                faults.append(f"{word!r}: {name!r} stands twice")
+            else:
+                weights[name] = _number(weight) if equals else 1.0
+                if not math.isfinite(weights[name]):
+                    faults.append(f"{word!r}: {weight!r} is no weight")
+        wanted.append(Wanted(int(text), weights))
+    if faults or not wanted:
+        raise DataError("; ".join(faults) or "the prompt is empty", SYNTAX)
+    return wanted
+
+
+def _generate(
+    denoiser: Denoiser, wanted: Sequence[Wanted], image: Path, seed: int, listen: Listener
+) -> dict[str, Any]:
+    listen(Phase(f"drawing {len(wanted)} images", None, "steps"))
+    began = time.perf_counter()
+    seeds = list(range(seed, seed + len(wanted)))
+    labels = [each.label for each in wanted]
+    routes = [each.route or None for each in wanted]
+    images = sample_images(denoiser, labels, seeds=seeds, routes=routes)
+    seconds = time.perf_counter() - began
+    rows = [list(images[i : i + _COLUMNS]) for i in range(0, len(images), _COLUMNS)]
+    firsts = [f"{start * _COLUMNS + 1} ..." for start in range(len(rows))]
+    write_grid(rows, image, row_names=firsts)
+    listen(Note(f"{len(wanted)} images in {seconds:.1f} s"))
+    return {
+        "image": str(image),
+        "images": [
+            {"label": each.label, "route": each.route, "seed": own}
+            for each, own in zip(wanted, seeds, strict=True)
+        ],
+        "seconds": round(seconds, 3),
+    }
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
