@@ -44,7 +44,7 @@ from loralab.imaging import (
 from loralab.training import StepDone, Trainable, fit, prepare
 
 BASE_RATE, STYLE_RATE = 2e-3, 3e-3
-BASE_BATCH, STYLE_BATCH = 64, 16
+BASE_BATCH, STYLE_BATCH = 64, 24
 RANK, ALPHA = 8, 16
 MIX_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -217,9 +217,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--base", help="a trained base's folder, instead of training one")
-    parser.add_argument("--base-steps", type=int, default=1500)
-    parser.add_argument("--style-steps", type=int, default=400)
-    parser.add_argument("--images", type=int, default=200, help="judged images of each style")
+    parser.add_argument("--base-steps", type=int, default=1150)
+    parser.add_argument("--style-steps", type=int, default=280)
+    parser.add_argument("--images", type=int, default=80, help="judged images of each style")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", default=str(Path(tempfile.gettempdir()) / "loralab-styles"))
     return parser.parse_args()

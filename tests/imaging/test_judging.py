@@ -60,7 +60,7 @@ def test_the_distance_is_its_definition() -> None:
     draw = numpy.random.default_rng(0)
     ours, theirs = draw.normal(size=(200, 6)), draw.normal(size=(150, 6)) @ draw.normal(size=(6, 6))
     covariances = [numpy.cov(rows.T) for rows in (ours, theirs)]
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    root = numpy.real(scipy.linalg.sqrtm(covariances[0] @ covariances[1]))
     expected = numpy.square(ours.mean(0) - theirs.mean(0)).sum()
     expected += numpy.trace(covariances[0] + covariances[1] - 2 * root)
     assert _frechet(ours, theirs) == pytest.approx(expected, rel=1e-8)

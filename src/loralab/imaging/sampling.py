@@ -22,7 +22,7 @@ def sample_images(
     *,
     seeds: Sequence[int],
     routes: Sequence[Entry] | None = None,
-    num_steps: int = 30,
+    num_steps: int = 12,
     guidance: float | int = 2.0,
 ) -> Images:
     """One image for each label, in [-1, 1], by DDIM (Song et al. 2020, 2010.02502; eta 0).
