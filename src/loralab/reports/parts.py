@@ -1,6 +1,6 @@
 """Pieces both reports share: cells of figures with intervals, matrices, settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from loralab.reports import formats
@@ -15,6 +15,20 @@ def interval(value: Any) -> Interval:
         middle = value.get("mean", value.get("value", value.get("difference")))
         return tuple(map(formats.finite, (middle, value.get("low"), value.get("high"))))  # type: ignore[return-value]
     return formats.finite(value), None, None
+
+
+def table_of(
+    caption: str,
+    rows: Iterable[Mapping[str, Any]],
+    columns: Sequence[tuple[Column, Callable[[Any], Cell]]],
+    **options: Any,
+) -> Table:
+    """A row of cells for each row of figures; each column says how its cell is made of one.
+
+    options: further fields of `Table`.
+    """
+    cells = tuple(tuple(cell_of(row) for _, cell_of in columns) for row in rows)
+    return Table(caption, tuple(column for column, _ in columns), cells, **options)
 
 
 def share_cell(value: Any, *, strong: bool = False) -> Cell:

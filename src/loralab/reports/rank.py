@@ -1,6 +1,6 @@
 """The page of `loralab rank`: quality against size, the choice, and what the figures rest on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loralab.reports import charts, formats, heatmaps
@@ -16,11 +16,11 @@ from loralab.reports.blocks import (
     Section,
     Table,
 )
-from loralab.reports.parts import count_cell, figure_cell, share_cell, size_cell
+from loralab.reports.parts import count_cell, figure_cell, share_cell, size_cell, table_of
 
 Row = Mapping[str, Any]
 RULE_NAMES = {"uniform": "one rank for all", "global": "one threshold"}
-TRAINED = "trained at the rank"
+INTERVAL = "95 % interval"
 
 
 def rank_page(document: Row) -> Page:
@@ -136,10 +136,10 @@ def _candidate_section(document: Row) -> Section | None:
         Column("parameters"),
         Column("left out", "of the deltas' norm"),
         Column("neg. log-likelihood"),
-        Column("lost", "95 % interval"),
+        Column("lost", INTERVAL),
         Column("lost at most", "one-sided 95 %"),
         Column("accuracy"),
-        Column("lost accuracy", "95 % interval"),
+        Column("lost accuracy", INTERVAL),
         Column("", numeric=False),
     )
     table = Table("On the rows for choosing.", columns, (whole, *rows))
@@ -186,35 +186,34 @@ def _trained_section(document: Row) -> Section | None:
     trained: Sequence[Row] = document.get("trained") or ()
     if not trained:
         return None
-    rows = tuple(
-        (
-            Cell(str(row["rank"])),
-            count_cell(row["parameters"]),
-            size_cell(row["bytes"]),
-            figure_cell(row["trained"]["nll"]),
-            share_cell(row["trained"]["accuracy"]),
-            figure_cell((row.get("truncated") or {}).get("nll")),
-            share_cell((row.get("truncated") or {}).get("accuracy")),
-            figure_cell(row.get("difference"), 4),
-        )
-        for row in trained
-    )
     columns = (
-        Column("rank", numeric=False),
-        Column("parameters"),
-        Column("size"),
-        Column("trained: neg. log-l.", "95 % interval"),
-        Column("trained: accuracy", "95 % interval"),
-        Column("truncated: neg. log-l.", "95 % interval"),
-        Column("truncated: accuracy", "95 % interval"),
-        Column("trained minus truncated", "neg. log-likelihood"),
+        (Column("rank", numeric=False), lambda row: Cell(str(row["rank"]))),
+        (Column("parameters"), lambda row: count_cell(row["parameters"])),
+        (Column("size"), lambda row: size_cell(row["bytes"])),
+        *(
+            column
+            for arm in ("trained", "truncated")
+            for column in (
+                (Column(f"{arm}: neg. log-l.", INTERVAL), _measured(figure_cell, arm, "nll")),
+                (Column(f"{arm}: accuracy", INTERVAL), _measured(share_cell, arm, "accuracy")),
+            )
+        ),
+        (
+            Column("trained minus truncated", "neg. log-likelihood"),
+            lambda row: figure_cell(row.get("difference"), 4),
+        ),
     )
     note = (
         "One seed each, from the same settings with alpha raised with the rank; the intervals are"
         " over rows alone, so a small difference may be the seed's."
     )
-    table = Table("On the confirming rows.", columns, rows, note=note)
+    table = table_of("On the confirming rows.", trained, columns, note=note)
     return Section("trained", "Trained at each rank instead", "Trained", (table,))
+
+
+def _measured(cell: Callable[[Any], Cell], arm: str, name: str) -> Callable[[Row], Cell]:
+    """The cell of a figure of the training at a rank, or of the truncation to it."""
+    return lambda row: cell((row.get(arm) or {}).get(name))
 
 
 def _reading_section(document: Row) -> Section:

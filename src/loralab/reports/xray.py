@@ -16,6 +16,7 @@ from loralab.reports.blocks import (
     Section,
     Table,
 )
+from loralab.reports.parts import table_of
 from loralab.reports.xray_beside import dimension_section, extract_section, overlap_section
 
 Row = Mapping[str, Any]
@@ -146,28 +147,27 @@ def _kind_table(modules: Sequence[Row]) -> Table:
     for module in modules:
         kinds.setdefault(module["kind"], []).append(module)
     total = sum(module["norm"] ** 2 for module in modules) or 1.0
-    rows = tuple(
-        (
-            Cell(kind),
-            Cell(formats.exact(len(group))),
-            Cell(formats.percent(sum(m["norm"] ** 2 for m in group) / total)),
-            Cell(formats.number(_mean(m["directions_90"] for m in group), 1)),
-            Cell(formats.number(_mean(m["effective_rank"] for m in group), 1)),
-            Cell(formats.number(_mean(m["stable_rank"] for m in group), 1)),
-            Cell(formats.data_size(sum(m["num_bytes"] for m in group))),
-        )
-        for kind, group in kinds.items()
-    )
+    rows = [{"kind": kind, "group": group} for kind, group in kinds.items()]
+
+    def mean_of(name: str) -> Callable[[Row], Cell]:
+        return lambda row: Cell(formats.number(_mean(m[name] for m in row["group"]), 1))
+
     columns = (
-        Column("kind of module", numeric=False),
-        Column("modules"),
-        Column("share of the change"),
-        Column("directions for 90 %", "mean"),
-        Column("effective rank", "mean"),
-        Column("stable rank", "mean"),
-        Column("size"),
+        (Column("kind of module", numeric=False), lambda row: Cell(row["kind"])),
+        (Column("modules"), lambda row: Cell(formats.exact(len(row["group"])))),
+        (
+            Column("share of the change"),
+            lambda row: Cell(formats.percent(sum(m["norm"] ** 2 for m in row["group"]) / total)),
+        ),
+        (Column("directions for 90 %", "mean"), mean_of("directions_90")),
+        (Column("effective rank", "mean"), mean_of("effective_rank")),
+        (Column("stable rank", "mean"), mean_of("stable_rank")),
+        (
+            Column("size"),
+            lambda row: Cell(formats.data_size(sum(m["num_bytes"] for m in row["group"]))),
+        ),
     )
-    return Table("By kind of module.", columns, rows, wide=False)
+    return table_of("By kind of module.", rows, columns, wide=False)
 
 
 def _base_section(modules: Sequence[Row]) -> Section | None:
@@ -216,29 +216,23 @@ def _base_section(modules: Sequence[Row]) -> Section | None:
         " takes, from the base's spectrum."
     )
     strongest = sorted(known, key=lambda m: -m["base"]["relative_norm"])[:12]
-    rows = tuple(
-        (
-            Cell(module["module"]),
-            Cell(formats.percent(base["relative_norm"], 2)),
-            Cell(formats.number(base["along_delta"], 3)),
-            Cell(formats.number(base["along_own"], 2)),
-            Cell(formats.number(base["along_random"], 3)),
-            Cell(formats.number(base["amplification"], 2)),
-            Cell(formats.exact(base["intruders"])),
-        )
-        for module in strongest
-        if (base := module["base"])
-    )
+
+    def number_of(name: str, decimals: int) -> Callable[[Row], Cell]:
+        return lambda module: Cell(formats.number(module["base"][name], decimals))
+
     columns = (
-        Column("module", numeric=False),
-        Column("||delta|| / ||W||"),
-        Column("||U'WV||", "delta's directions"),
-        Column("||U'WV||", "base's first"),
-        Column("||U'WV||", "random"),
-        Column("amplification"),
-        Column("intruders"),
+        (Column("module", numeric=False), lambda module: Cell(module["module"])),
+        (
+            Column("||delta|| / ||W||"),
+            lambda module: Cell(formats.percent(module["base"]["relative_norm"], 2)),
+        ),
+        (Column("||U'WV||", "delta's directions"), number_of("along_delta", 3)),
+        (Column("||U'WV||", "base's first"), number_of("along_own", 2)),
+        (Column("||U'WV||", "random"), number_of("along_random", 3)),
+        (Column("amplification"), number_of("amplification", 2)),
+        (Column("intruders"), lambda module: Cell(formats.exact(module["base"]["intruders"]))),
     )
-    table = Table("The modules that change most.", columns, rows, wide=False)
+    table = table_of("The modules that change most.", strongest, columns, wide=False)
     grid = FigureGrid(caption, tuple(f for f in figures if f is not None), (table,), broad=True)
     return Section("base", "Against the base", "Base", (grid,))
 
@@ -246,60 +240,38 @@ def _base_section(modules: Sequence[Row]) -> Section | None:
 def _module_section(modules: Sequence[Row]) -> Section | None:
     if not modules:
         return None
-    rows = tuple(
-        (
-            Cell(module["module"], title=" ".join(module["notes"])),
-            Cell(" x ".join(map(str, module["shape"]))),
-            Cell(formats.plain(module["rank"])),
-            Cell(formats.exact(module["directions_90"])),
-            Cell(formats.exact(module["directions_99"])),
-            Cell(formats.number(module["effective_rank"], 1)),
-            Cell(formats.number(module["stable_rank"], 1)),
-            Cell(f"{module['norm']:.3g}"),
-            Cell(f"{module['spectral_norm']:.3g}"),
-            Cell(formats.number(module["balance"], 2)),
-        )
-        for module in modules
-    )
     columns = (
-        Column("module", numeric=False),
-        Column("out x in"),
-        Column("rank"),
-        Column("90 %", "directions"),
-        Column("99 %", "directions"),
-        Column("effective rank"),
-        Column("stable rank"),
-        Column("norm"),
-        Column("first value"),
-        Column("||B|| / ||A||"),
+        (Column("module", numeric=False), lambda m: Cell(m["module"], title=" ".join(m["notes"]))),
+        (Column("out x in"), lambda m: Cell(" x ".join(map(str, m["shape"])))),
+        (Column("rank"), lambda m: Cell(formats.plain(m["rank"]))),
+        (Column("90 %", "directions"), lambda m: Cell(formats.exact(m["directions_90"]))),
+        (Column("99 %", "directions"), lambda m: Cell(formats.exact(m["directions_99"]))),
+        (Column("effective rank"), lambda m: Cell(formats.number(m["effective_rank"], 1))),
+        (Column("stable rank"), lambda m: Cell(formats.number(m["stable_rank"], 1))),
+        (Column("norm"), lambda m: Cell(f"{m['norm']:.3g}")),
+        (Column("first value"), lambda m: Cell(f"{m['spectral_norm']:.3g}")),
+        (Column("||B|| / ||A||"), lambda m: Cell(formats.number(m["balance"], 2))),
     )
     notes = sorted({note for module in modules for note in module["notes"]})
-    table = Table("", columns, rows, note=" ".join(notes))
+    table = table_of("", modules, columns, note=" ".join(notes))
     return Section("modules", "Every module", "Modules", (table,))
 
 
 def _other_section(others: Sequence[Row]) -> Section | None:
     if not others:
         return None
-    rows = tuple(
-        (
-            Cell(other["name"]),
-            Cell(other["role"]),
-            Cell(" x ".join(map(str, other["shape"]))),
-            Cell(formats.data_size(other["num_bytes"])),
-            Cell(formats.percent(other["relative_change"], 2), detail=other["note"]),
-        )
-        for other in others
-    )
     columns = (
-        Column("tensor", numeric=False),
-        Column("what it is", numeric=False),
-        Column("shape"),
-        Column("size"),
-        Column("||own - base|| / ||base||"),
+        (Column("tensor", numeric=False), lambda other: Cell(other["name"])),
+        (Column("what it is", numeric=False), lambda other: Cell(other["role"])),
+        (Column("shape"), lambda other: Cell(" x ".join(map(str, other["shape"])))),
+        (Column("size"), lambda other: Cell(formats.data_size(other["num_bytes"]))),
+        (
+            Column("||own - base|| / ||base||"),
+            lambda other: Cell(formats.percent(other["relative_change"], 2), detail=other["note"]),
+        ),
     )
     lead = "Replaced whole, so that a spectrum says nothing of them."
-    return Section("others", "Other tensors", "Others", (Table("", columns, rows),), lead)
+    return Section("others", "Other tensors", "Others", (table_of("", others, columns),), lead)
 
 
 def _mean(values: Any) -> float:
