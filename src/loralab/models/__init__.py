@@ -2,6 +2,7 @@
 
 from loralab.models.checkpointing import enable_activation_checkpointing
 from loralab.models.classify import Pooling, last_token, mean_token, reads_last_token
+from loralab.models.hub import HUB_ID, PICKLES, hub_folder, pickle_error
 from loralab.models.load import build_model, load_model, redraw_head
 from loralab.models.options import Dtype, Task
 from loralab.models.precision import choose_dtype
@@ -20,6 +21,8 @@ from loralab.models.tokenizer import load_tokenizer
 from loralab.models.weights import StoredWeights
 
 __all__ = [
+    "HUB_ID",
+    "PICKLES",
     "PRESETS",
     "Dtype",
     "Pooling",
@@ -32,6 +35,7 @@ __all__ = [
     "enable_activation_checkpointing",
     "evaluating",
     "head_name",
+    "hub_folder",
     "last_token",
     "load_model",
     "load_tokenizer",
@@ -39,6 +43,7 @@ __all__ = [
     "mean_token",
     "model_folder",
     "num_parameters",
+    "pickle_error",
     "quiet",
     "reads_last_token",
     "redraw_head",

@@ -1,6 +1,9 @@
 """A hub id -> the local folder of its snapshot, quickly or not at all."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -8,24 +11,35 @@ from huggingface_hub.errors import (
     HFValidationError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
 
 from loralab.errors import FetchError, ModelError
 
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_UNWANTED = ["*/*"]  # other formats and training states lie in subfolders
-_PATIENCE_SECONDS = 5.0
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_UNWANTED = ("*/*",)  # other formats and training states lie in subfolders
+_PATIENCE_SECONDS = 5.0
 
 
-def hub_folder(name: str, *, advice: str) -> Path:
+def hub_folder(
+    name: str,
+    *,
+    advice: str,
+    wanted: Sequence[str] = _WANTED,
+    unwanted: Sequence[str] = _UNWANTED,
+) -> Path:
     """The snapshot of hub model `name`: downloaded, or the copy in the hub's own cache where the
     hub is out of reach or `HF_HUB_OFFLINE` is set.
+
+    wanted, unwanted: patterns of the files that are fetched; a language model's at its top level.
 
     Raises `ModelError` (ending in `advice`) where there is no such model, where it is gated, or
     where the hub cannot be reached; `FetchError` where a download breaks off.
     """
+    patterns: dict[str, Any] = {"allow_patterns": list(wanted), "ignore_patterns": list(unwanted)}
     if constants.HF_HUB_OFFLINE:
-        return _cached(name, "HF_HUB_OFFLINE is set", advice)
+        return _cached(name, "HF_HUB_OFFLINE is set", advice, patterns)
     try:
         info = HfApi().model_info(name, timeout=_PATIENCE_SECONDS)
     except GatedRepoError as error:
@@ -36,18 +50,12 @@ def hub_folder(name: str, *, advice: str) -> Path:
             f"check the name ({advice}); a private model needs a login (`hf auth login`).",
         ) from error
     except Exception as error:  # whatever the hub's HTTP library raises: it changes with versions
-        return _cached(name, f"the hub cannot be reached ({error})", advice)
+        return _cached(name, f"the hub cannot be reached ({error})", advice, patterns)
     files = [sibling.rfilename for sibling in info.siblings or ()]
-    _refuse_pickles(name, files)
+    _refuse_pickles(name, files, list(filter_repo_objects(files, **patterns)))
     try:
         return Path(
-            snapshot_download(
-                name,
-                revision=info.sha,
-                allow_patterns=_WANTED,
-                ignore_patterns=_UNWANTED,
-                etag_timeout=_PATIENCE_SECONDS,
-            )
+            snapshot_download(name, revision=info.sha, etag_timeout=_PATIENCE_SECONDS, **patterns)
         )
     except GatedRepoError as error:
         raise _gated(name) from error
@@ -58,13 +66,9 @@ def hub_folder(name: str, *, advice: str) -> Path:
         ) from error
 
 
-def _cached(name: str, why: str, advice: str) -> Path:
+def _cached(name: str, why: str, advice: str, patterns: dict[str, Any]) -> Path:
     try:
-        return Path(
-            snapshot_download(
-                name, local_files_only=True, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
-            )
-        )
+        return Path(snapshot_download(name, local_files_only=True, **patterns))
     except (OSError, HFValidationError) as error:  # OSError: no snapshot, or not a whole one
         raise ModelError(
             f"no model {name!r} here: it is neither in the catalogue, nor a local folder, nor in "
@@ -81,10 +85,9 @@ def _gated(name: str) -> ModelError:
     )
 
 
-def _refuse_pickles(name: str, files: list[str]) -> None:
-    top = [file for file in files if "/" not in file]
-    pickles = [file for file in top if file.endswith(PICKLES)]
-    if pickles and not any(file.endswith(".safetensors") for file in top):
+def _refuse_pickles(name: str, files: list[str], wanted: list[str]) -> None:
+    pickles = [file for file in files if "/" not in file and file.endswith(PICKLES)]
+    if pickles and not any(file.endswith(".safetensors") for file in wanted):
         raise pickle_error(name, pickles)
 
 

@@ -4,7 +4,6 @@ A name is, in this order, a catalogue name, a local folder, or a hub id.
 """
 
 import json
-import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,10 +11,8 @@ from safetensors import SafetensorError, safe_open
 from loralab.catalogue import ENTRIES, fetch
 from loralab.errors import ModelError, nearest
 from loralab.models.convert import converted_folder
-from loralab.models.hub import PICKLES, hub_folder, pickle_error
+from loralab.models.hub import HUB_ID, PICKLES, hub_folder, pickle_error
 from loralab.models.presets import PRESETS
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def model_folder(name: str) -> Path:
@@ -34,7 +31,7 @@ def model_folder(name: str) -> Path:
             f"{name} is a file; a model is a folder with config.json and safetensors files",
             f"give the folder: {path.parent}",
         )
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise ModelError(
             f"there is no model folder {name}",
             "check the path; or give a catalogue name "
