@@ -1,4 +1,4 @@
-"""Writing that never leaves a half: aside first, then one rename."""
+"""Writing that never leaves a half: aside first, then one rename; and where the cache is."""
 
 import errno
 import json
@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import platformdirs
+
 from loralab.errors import OutputError
+
+
+def cache_folder() -> Path:
+    """Where fetched files lie: `LORALAB_CACHE`, else the platform's user cache."""
+    chosen = os.environ.get("LORALAB_CACHE")
+    folder = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("loralab")
+    return folder.absolute()
 
 
 @contextmanager

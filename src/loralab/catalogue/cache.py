@@ -7,18 +7,10 @@ import os
 import tempfile
 from pathlib import Path
 
-import platformdirs
-
 from loralab.catalogue.entries import Archive, File
+from loralab.files import cache_folder
 
 _STAMP = ".verified.json"
-
-
-def cache_folder() -> Path:
-    """Where fetched files lie: `LORALAB_CACHE`, else the platform's user cache."""
-    chosen = os.environ.get("LORALAB_CACHE")
-    folder = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("loralab")
-    return folder.absolute()
 
 
 def archive_folder(archive: Archive) -> Path:

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from loralab.catalogue.cache import cache_folder
 from loralab.catalogue.entries import Archive
 from loralab.errors import FetchError, OutputError
+from loralab.files import cache_folder
 
 # pip asks a source package's build backend for its metadata, which runs the package's setup.py
 # (and first installs setuptools). All of that is known here, so a backend that only repeats the

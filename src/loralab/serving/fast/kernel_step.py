@@ -7,6 +7,7 @@ kernel's layout, so that it comes and goes without touching another.
 import ctypes
 import sys
 from ctypes import c_int64, c_void_p
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,12 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loralab.native import Kernel
 from loralab.serving.fast.batch import Batch
 from loralab.serving.fast.coverage import Table
 from loralab.serving.fast.decoder import Decoder
 from loralab.serving.fast.packing import Packed, pack
 from loralab.serving.fast.steps import Cache
 from loralab.serving.fast.structures import Block, Group, Model, Step, check_sizes
+
+KERNEL = Kernel("decoder", Path(__file__).with_name("kernel"), ("-pthread",))
 
 _INPUT_MULTIPLE = 32  # numbers of half precision in 64 bytes
 _MOST_BLOCKS = 300

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from loralab.adapters import hosted, merged_name
 from loralab.errors import RouteError
+from loralab.native import load_kernel
 from loralab.serving.fast.batch import flatten, mix_of
-from loralab.serving.fast.building import load_kernel
 from loralab.serving.fast.coverage import Hosts, Sites, Version
 from loralab.serving.fast.decoder import Decoder, find_decoder
-from loralab.serving.fast.kernel_step import KernelStep, kernel_limits
+from loralab.serving.fast.kernel_step import KERNEL, KernelStep, kernel_limits
 from loralab.serving.fast.steps import Step, TorchStep
 from loralab.serving.runner import Chunk, Runner
 
@@ -48,7 +48,7 @@ def _best_step(decoder: Decoder, num_slots: int, max_tokens: int) -> Step:
     if limits is not None:
         log.info("decoding runs on torch's operations: the kernel does not cover it: %s", limits)
         return TorchStep(decoder, num_slots, max_tokens)
-    library = load_kernel()
+    library = load_kernel(KERNEL)
     if library is None:
         return TorchStep(decoder, num_slots, max_tokens)
     return KernelStep(library, decoder, num_slots, max_tokens)

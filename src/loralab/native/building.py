@@ -1,6 +1,6 @@
-"""The kernel as a shared library: compiled at first use, kept by the hash of all that made it.
+"""Kernels as shared libraries: compiled at first use, kept by the hash of all that made them.
 
-The library lies in the user's cache, in a folder that nobody else may write to. Any failure leaves
+A library lies in the user's cache, in a folder that nobody else may write to. Any failure leaves
 torch's operations, with one line in the log that says why.
 """
 
@@ -13,14 +13,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from loralab.catalogue import cache_folder
+from loralab.files import cache_folder
 
 log = logging.getLogger("loralab")
 
-SOURCES = Path(__file__).with_name("kernel")
-_FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-O3", "-std=c++17", "-march=native", "-fPIC", "-shared")
 _COMPILERS = ("g++", "clang++", "c++")
 _COMPILE_SECONDS = 300
 
@@ -29,26 +29,40 @@ class NoKernelError(Exception):
     """There is no kernel here; the message says why."""
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's source: that name with `.cpp` in `folder`, and all that lies beside it."""
+
+    name: str
+    folder: Path
+    flags: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> Path:
+        """The file to compile."""
+        return self.folder / f"{self.name}.cpp"
+
+
 @functools.cache
-def load_kernel() -> ctypes.CDLL | None:
+def load_kernel(kernel: Kernel) -> ctypes.CDLL | None:
     """The kernel's library; None where `LORALAB_KERNELS=off` or none can be made (logged once)."""
     if os.environ.get("LORALAB_KERNELS", "").lower() in ("off", "0", "no"):
         return None
     try:
-        return ctypes.CDLL(str(build()))
+        return ctypes.CDLL(str(build(kernel)))
     except (NoKernelError, OSError) as error:
-        log.warning("decoding runs on torch's operations: %s", error)
+        log.warning("%s runs on torch's operations: %s", kernel.name, error)
         return None
 
 
-def build(extra_flags: tuple[str, ...] = ()) -> Path:
+def build(kernel: Kernel, extra_flags: tuple[str, ...] = ()) -> Path:
     """The library's file, compiled where it is not there yet. Raises `NoKernelError`."""
     compiler = find_compiler()
-    flags = (*_FLAGS, *extra_flags)
+    flags = (*_FLAGS, *kernel.flags, *extra_flags)
     folder = _own_folder(cache_folder() / "kernels")
-    library = folder / f"decoder-{_identity(compiler, flags)}.so"
+    library = folder / f"{kernel.name}-{_identity(kernel, compiler, flags)}.so"
     if not library.exists():
-        _compile(compiler, flags, library)
+        _compile(kernel, compiler, flags, library)
     return library
 
 
@@ -62,11 +76,11 @@ def find_compiler() -> str:
     raise NoKernelError(f"no C++ compiler ({wanted or ', '.join(_COMPILERS)}) is installed")
 
 
-def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
+def _compile(kernel: Kernel, compiler: str, flags: tuple[str, ...], library: Path) -> None:
     """Compiles aside, then renames: another process never sees half a library."""
     handle, aside = tempfile.mkstemp(prefix=".building-", suffix=".so", dir=library.parent)
     os.close(handle)
-    command = [compiler, *flags, "-o", aside, str(SOURCES / "decoder.cpp")]
+    command = [compiler, *flags, "-o", aside, str(kernel.source)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
         if done.returncode:
@@ -90,10 +104,10 @@ def _own_folder(folder: Path) -> Path:
     return folder
 
 
-def _identity(compiler: str, flags: tuple[str, ...]) -> str:
+def _identity(kernel: Kernel, compiler: str, flags: tuple[str, ...]) -> str:
     """A hash of the sources, the compiler, its flags and the processor they are meant for."""
     digest = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(kernel.folder.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True)
     for part in (version.stdout, *flags, _processor()):
