@@ -5,8 +5,8 @@ diffusion's encoder would do, only without loss. A UNet of 16 input channels fol
 a grey image: convolutions run on 8 x 8 places instead of 32 x 32.
 """
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loralab.errors import ModelError
-from loralab.files import replacing
+from loralab.files import replacing, write_json
 from loralab.imaging.digits import IMAGE_SIZE, NUM_DIGITS
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def build_denoiser(
     Its schedule is the cosine one (Nichol and Dhariwal 2021, 2102.09672) and it predicts velocity
     (Salimans and Ho 2022, 2202.00512). Raises `ModelError` without diffusers.
     """
-    diffusers = _diffusers()
+    diffusers = diffusers_library()
     later = len(channels) - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -101,23 +101,29 @@ def build_denoiser(
     return Denoiser(unet, schedule)
 
 
-def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
-    """Write a diffusers folder (`model_index.json`, `unet/`, `scheduler/`), whole or not at all."""
+def save_denoiser(
+    denoiser: Denoiser, folder: Path, documents: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Write a diffusers folder (`model_index.json`, `unet/`, `scheduler/`), whole or not at all.
+
+    documents: JSON files that lie in it too, by name.
+    """
     index = {
         "_class_name": "DiffusionPipeline",
-        "_diffusers_version": _diffusers().__version__,
+        "_diffusers_version": diffusers_library().__version__,
         "unet": ["diffusers", type(denoiser.unet).__name__],
         "scheduler": ["diffusers", type(denoiser.scheduler).__name__],
     }
     with replacing(folder) as aside:
         denoiser.unet.save_pretrained(aside / "unet")
         denoiser.scheduler.save_pretrained(aside / "scheduler")
-        (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for name, document in {"model_index.json": index, **(documents or {})}.items():
+            write_json(aside / name, dict(document))
 
 
 def load_denoiser(folder: Path) -> Denoiser:
     """Read such a folder. Raises `ModelError` that names every part that is missing or not fit."""
-    diffusers = _diffusers()
+    diffusers = diffusers_library()
     parts = ("unet/config.json", "scheduler/scheduler_config.json")
     missing = [part for part in parts if not (folder / part).is_file()]
     if missing:
@@ -152,7 +158,8 @@ def _checked(unet: "UNet2DModel", folder: Path) -> "UNet2DModel":
     return unet
 
 
-def _diffusers() -> Any:
+def diffusers_library() -> Any:
+    """diffusers, imported where it is needed. Raises `ModelError` where it is not installed."""
     try:
         import diffusers
     except ImportError as error:
