@@ -97,7 +97,7 @@ def _part(arguments: argparse.Namespace) -> dict[str, Any]:
             model = load_model(name, task="classification", dtype=arguments.dtype, dropout=0.0)
             runs = prepare_many(model, settings, task="classification")
             folders = [Path(scratch) / str(number) for number in range(len(runs))]
-            events = fit_many(runs, rows, [], folders)
+            events = fit_many(runs, [rows] * len(runs), [[]] * len(runs), folders)
         else:
             method, training = settings[int(arguments.part)]
             seed = stream_seed(training.seed, "initialisation")

@@ -12,9 +12,9 @@ from loralab.imaging import (
     STYLE_TARGETS,
     Denoiser,
     Denoising,
+    DenoisingTask,
     ImageRow,
     build_denoiser,
-    denoising,
     load_denoiser,
     load_digits,
     sample_images,
@@ -112,7 +112,7 @@ def test_training_lowers_the_answers_loss(rows: tuple[ImageRow, ...]) -> None:
 
 def test_an_objective_takes_its_route(denoiser: Denoiser, rows: tuple[ImageRow, ...]) -> None:
     attach_styles(denoiser)
-    make = denoising(denoiser.scheduler)
+    make = DenoisingTask(denoiser.scheduler)
     with adapters.use(denoiser.unet, "chalk"):
         expected = make(denoiser.unet, None).answers(rows)
     assert make(denoiser.unet, "chalk").answers(rows) == expected

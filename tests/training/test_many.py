@@ -1,5 +1,6 @@
 """Runs trained in one pass: each is what it would be alone."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import GPT2Config, PreTrainedModel
 from loralab.config import MethodSection
 from loralab.models import build_model
 from loralab.training import (
+    CheckpointSaved,
     Failed,
     Finished,
     StepDone,
@@ -69,9 +71,7 @@ def rows_of(task: str, count: int, seed: int = 0):
 
 
 def run_many(trainables: list[Trainable], task: str, folder: Path, **changes: Any):
-    folders = [folder / str(number) for number in range(len(trainables))]
-    rows, held_out = rows_of(task, 22), rows_of(task, 8, seed=1)
-    return list(fit_many(trainables, rows, held_out, folders, **changes))
+    return list(iter_many(trainables, task, folder, **changes))
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-causal", "llama-unfused", "bert", "gpt2"])
@@ -83,8 +83,8 @@ def test_each_run_is_what_it_is_alone(kind: str, tmp_path: Path) -> None:
     for number, (method, change) in enumerate(zip(METHODS, CHANGES, strict=True)):
         model, _ = model_of(kind)
         alone = ready(model=model, task=task, method=method, **(BASE | change))
-        wanted = run(alone, rows, held_out, tmp_path / f"alone-{number}")
-        got = [event for index, event in events if index == number]
+        wanted = _unsaved(run(alone, rows, held_out, tmp_path / f"alone-{number}"))
+        got = _unsaved(event for index, event in events if index == number)
         assert [type(event) for event in got] == [type(event) for event in wanted]
         for one, other in zip(got, wanted, strict=True):
             if isinstance(other, StepDone):
@@ -97,6 +97,35 @@ def test_each_run_is_what_it_is_alone(kind: str, tmp_path: Path) -> None:
             torch.testing.assert_close(
                 trainables[number].parameters[name], parameter, rtol=1e-3, atol=1e-4
             )
+
+
+def _unsaved(events: Iterable[Any]) -> list[Any]:
+    """Without checkpoints, which are saved more often where others end."""
+    return [event for event in events if not isinstance(event, CheckpointSaved)]
+
+
+@pytest.mark.parametrize(("number", "step"), [(0, 4), (1, 6), (2, 8)])
+def test_a_pass_that_is_killed_goes_on_bit_for_bit(number: int, step: int, tmp_path: Path) -> None:
+    """Killed when one run has saved that step and the next has not; the runs end one by one."""
+    changes = [change | {"checkpoint_steps": 4} for change in CHANGES]
+    whole, task = together("llama", changes=changes)
+    lengths = {n: e.step for n, e in run_many(whole, task, tmp_path / "whole") if _is_end(e)}
+    assert len(set(lengths.values())) > 1
+    cut, _ = together("llama", changes=changes)
+    events = iter_many(cut, task, tmp_path / "cut")
+    for at, event in events:
+        if at == number and isinstance(event, CheckpointSaved) and event.step >= step:
+            break
+    events.close()
+    again, _ = together("llama", changes=changes)
+    run_many(again, task, tmp_path / "cut")
+    for one, other in zip(whole, again, strict=True):
+        for name, parameter in one.parameters.items():
+            assert torch.equal(parameter, other.parameters[name])
+
+
+def _is_end(event: Any) -> bool:
+    return isinstance(event, Finished)
 
 
 def test_what_cannot_be_run_at_once_takes_turns(tmp_path: Path) -> None:
@@ -123,9 +152,11 @@ def test_a_run_continues_what_it_began_among_others(tmp_path: Path) -> None:
     assert {n for n, event in again if isinstance(event, Finished)} == {0, 1, 2}
 
 
-def iter_many(trainables: list[Trainable], task: str, folder: Path):
-    folders = [folder / str(number) for number in range(len(trainables))]
-    return fit_many(trainables, rows_of(task, 22), rows_of(task, 8, seed=1), folders)
+def iter_many(trainables: list[Trainable], task: str, folder: Path, **changes: Any):
+    count = len(trainables)
+    folders = [folder / str(number) for number in range(count)]
+    rows, held_out = [rows_of(task, 22)] * count, [rows_of(task, 8, seed=1)] * count
+    return fit_many(trainables, rows, held_out, folders, **changes)
 
 
 def test_one_that_diverges_leaves_the_others_alone(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_many_over_one_base_train_as_each_alone(tmp_path: Path) -> None:
         alone.append(trained(trainable))
     together = prepare_many(model(), settings, task=SquaredError)
     folders = [tmp_path / f"together-{number}" for number in range(3)]
-    list(fit_many(together, ROWS, HELD_OUT, folders))
+    list(fit_many(together, [ROWS] * 3, [HELD_OUT] * 3, folders))
     for one, trainable in zip(alone, together, strict=True):
         assert all(torch.equal(a, trained(trainable)[name]) for name, a in one.items())
 

@@ -69,6 +69,28 @@ class Entry:
         return self.archive.sha256
 
 
+@dataclass(frozen=True)
+class Made:
+    """A name whose files no package carries: this machine makes them once, and keeps them."""
+
+    name: str
+    description: str
+    licence: str
+    origin: str
+
+
+MADE: Mapping[str, Made] = MappingProxyType(
+    {
+        "digits-diffusion": Made(
+            "digits-diffusion",
+            "draws handwritten digits, class-conditional diffusion, 1.6 million parameters",
+            "CC BY 4.0 (the images)",
+            "trained here on scikit-learn's digits (Alpaydin and Kaynak, UCI), once, in minutes",
+        )
+    }
+)
+
+
 def _table(folder: str, lines: str) -> tuple[File, ...]:
     """`name bytes sha256` a line -> files that lie in `folder` of the archive."""
     rows = (line.split() for line in lines.strip().splitlines())

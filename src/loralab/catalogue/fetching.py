@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from loralab.catalogue.cache import archive_folder, has_right_bytes, is_whole
-from loralab.catalogue.entries import ENTRIES, Archive, Entry
+from loralab.catalogue.entries import ENTRIES, MADE, Archive, Entry
 from loralab.catalogue.pip import download, full_disk
 from loralab.catalogue.unpacking import unpack
 from loralab.errors import FetchError, OutputError, nearest
@@ -26,7 +26,7 @@ def find_entry(name: str) -> Entry:
     """The entry of that name; `FetchError` with the nearest name where there is none."""
     if name not in ENTRIES:
         raise FetchError(
-            f"the catalogue has no {name!r}; {nearest(name, ENTRIES)}",
+            f"the catalogue has no {name!r}; {nearest(name, [*ENTRIES, *MADE])}",
             "give one of the catalogue's names, a hub id or a local path.",
         )
     return ENTRIES[name]

@@ -1,5 +1,6 @@
 """Image models: a small denoiser with style adapters, sampled by route, judged by classifiers."""
 
+from loralab.imaging.base import DIGITS_BASE, BaseRecipe, digits_base, is_trained
 from loralab.imaging.denoiser import (
     STYLE_TARGETS,
     Denoiser,
@@ -7,7 +8,7 @@ from loralab.imaging.denoiser import (
     load_denoiser,
     save_denoiser,
 )
-from loralab.imaging.denoising import Denoising, denoising
+from loralab.imaging.denoising import Denoising, DenoisingTask
 from loralab.imaging.digits import Digits, ImageRow, load_digits, stack
 from loralab.imaging.grid import write_grid
 from loralab.imaging.judging import (
@@ -26,12 +27,15 @@ from loralab.imaging.sampling import sample_images
 from loralab.imaging.styles import PLAIN, STYLES, styled
 
 __all__ = [
+    "DIGITS_BASE",
     "LOOKS",
     "PLAIN",
     "STYLES",
     "STYLE_TARGETS",
+    "BaseRecipe",
     "Denoiser",
     "Denoising",
+    "DenoisingTask",
     "Digits",
     "FrechetDistance",
     "ImageRow",
@@ -39,9 +43,10 @@ __all__ = [
     "Judges",
     "base_is_no_style",
     "build_denoiser",
-    "denoising",
     "digit_accuracy",
+    "digits_base",
     "frechet_distance",
+    "is_trained",
     "load_denoiser",
     "load_digits",
     "sample_images",

@@ -1,8 +1,9 @@
-"""The objective of image training: say what noise was added."""
+"""The objective of image training: say what noise was added, in one run or in several at once."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from loralab import adapters
 from loralab.imaging.denoiser import Denoiser, Images
 from loralab.imaging.digits import ImageRow, stack
 from loralab.models import evaluating
-from loralab.training import Prediction
+from loralab.training import Joint, Prediction, RunStream
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -21,6 +22,38 @@ if TYPE_CHECKING:
 
 _EVALUATION_TIMESTEPS = 4  # one from each quarter of the schedule
 _EVALUATION_ROWS = 64
+
+
+@dataclass(frozen=True)
+class DenoisingTask:
+    """The `task` of `training.prepare` for a UNet that was, or is, trained with this schedule.
+
+    class_dropout, bfloat16: as in `Denoising`.
+    """
+
+    scheduler: "DDPMScheduler"
+    class_dropout: float | int = 0.1
+    bfloat16: bool = False
+
+    def __call__(self, model: nn.Module, route: str | None) -> "Denoising":
+        denoiser = Denoiser(cast("UNet2DModel", model), self.scheduler)
+        return Denoising(
+            denoiser, route=route, class_dropout=self.class_dropout, bfloat16=self.bfloat16
+        )
+
+    def joint(self, model: nn.Module) -> Joint:
+        """What several runs share: one batch that holds the rows of all."""
+        return JointDenoising(self(model, None))
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Rows with all that chance decides about them in a step."""
+
+    images: Images
+    noise: Images
+    timesteps: Int[Tensor, "rows"]
+    labels: Int[Tensor, "rows"]
 
 
 class Denoising:
@@ -49,14 +82,8 @@ class Denoising:
     def nll_sum(self, rows: Sequence[ImageRow]) -> Float[Tensor, ""]:
         """The sum of the rows' losses; noise, timesteps and hidden classes from torch's default
         generator, drawn on the CPU so that every device sees the same."""
-        images = stack(rows)
-        noise = torch.randn(images.shape)
-        timesteps = torch.randint(self._num_timesteps, (len(rows),))
-        labels = torch.tensor([row.label for row in rows])
-        hidden = torch.rand(len(rows)) < self.class_dropout
-        labels = torch.where(hidden, self.denoiser.none_class, labels)
-        with self._routed(), self._precision():
-            return self._losses(images, noise, timesteps, labels).sum()
+        with self._routed(), self.precision():
+            return self.losses(self.noised(rows)).sum()
 
     def answers(self, rows: Sequence[ImageRow]) -> list[Prediction]:
         """Each row's loss at noise and timesteps that its name decides, in evaluation mode."""
@@ -69,6 +96,17 @@ class Denoising:
             for row, loss in zip(rows, found, strict=True)
         ]
 
+    def noised(self, rows: Sequence[ImageRow], random: torch.Generator | None = None) -> Noised:
+        """The rows with their noise, timesteps and hidden classes, drawn on the CPU."""
+        images = stack(rows)
+        noise = torch.randn(images.shape, generator=random)
+        timesteps = torch.randint(self._num_timesteps, (len(rows),), generator=random)
+        labels = torch.tensor([row.label for row in rows])
+        hidden = torch.rand(len(rows), generator=random) < self.class_dropout
+        return Noised(
+            images, noise, timesteps, torch.where(hidden, self.denoiser.none_class, labels)
+        )
+
     def _fixed_losses(self, rows: Sequence[ImageRow]) -> list[float]:
         images = stack(rows)
         labels = torch.tensor([row.label for row in rows])
@@ -78,20 +116,15 @@ class Denoising:
         for number in range(_EVALUATION_TIMESTEPS):
             noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators])
             steps = torch.cat([torch.randint(quarter, (1,), generator=g) for g in generators])
-            total += self._losses(images, noise, steps + number * quarter, labels).cpu()
+            noised = Noised(images, noise, steps + number * quarter, labels)
+            total += self.losses(noised).cpu()
         return (total / _EVALUATION_TIMESTEPS).tolist()
 
-    def _losses(
-        self,
-        images: Images,
-        noise: Images,
-        timesteps: Int[Tensor, "rows"],
-        labels: Int[Tensor, "rows"],
-    ) -> Float[Tensor, "rows"]:
+    def losses(self, noised: Noised) -> Float[Tensor, "rows"]:
+        """Each row's loss, along the route that is open."""
         device = self.denoiser.unet.device
-        images, noise, timesteps, labels = (
-            value.to(device) for value in (images, noise, timesteps, labels)
-        )
+        images, noise = noised.images.to(device), noised.noise.to(device)
+        timesteps, labels = noised.timesteps.to(device), noised.labels.to(device)
         scheduler: Any = self.denoiser.scheduler  # whose hints ask for 32-bit timesteps
         noisy = scheduler.add_noise(images, noise, timesteps)
         target = noise
@@ -107,21 +140,35 @@ class Denoising:
     def _routed(self) -> AbstractContextManager[None]:
         return nullcontext() if self.route is None else adapters.use(self.model, self.route)
 
-    def _precision(self) -> torch.autocast:
+    def precision(self) -> torch.autocast:
+        """What forwards of training run under."""
         kind = self.denoiser.unet.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16)
 
 
-def denoising(
-    scheduler: "DDPMScheduler", *, class_dropout: float | int = 0.1, bfloat16: bool = False
-) -> Callable[[nn.Module, str | None], "Denoising"]:
-    """The `task` of `training.prepare` for a UNet that was, or is, trained with this schedule."""
+class JointDenoising:
+    """Several runs in one forward: `training.Joint`. Each row goes along its run's route."""
 
-    def objective(model: nn.Module, route: str | None) -> Denoising:
-        denoiser = Denoiser(cast("UNet2DModel", model), scheduler)
-        return Denoising(denoiser, route=route, class_dropout=class_dropout, bfloat16=bfloat16)
+    def __init__(self, objective: Denoising) -> None:
+        self._objective = objective
 
-    return objective
+    def nll_sums(
+        self, rows: Mapping[str, Sequence[ImageRow]], random: Mapping[str, RunStream]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The sum of each run's losses, with the noise that it would draw alone."""
+        own = [self._objective.noised(rows[name], random[name].cpu) for name in rows]
+        counts = [len(each) for each in rows.values()]
+        routes = [name for name, each in rows.items() for _ in each]
+        together = Noised(
+            *(
+                torch.cat([getattr(noised, field.name) for noised in own])
+                for field in fields(Noised)
+            )
+        )
+        with adapters.use(self._objective.model, routes), self._objective.precision():
+            losses = self._objective.losses(together)
+        sums = [part.sum() for part in losses.split(counts)]
+        return dict(zip(rows, sums, strict=True))
 
 
 def _generator(name: str) -> torch.Generator:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from loralab.catalogue import ENTRIES, fetch
+from loralab.catalogue import ENTRIES, MADE, fetch
 from loralab.errors import ModelError, nearest
 from loralab.models.convert import converted_folder
 from loralab.models.hub import HUB_ID, PICKLES, hub_folder, pickle_error
@@ -23,6 +23,11 @@ def model_folder(name: str) -> Path:
     """
     if name in ENTRIES:
         return _catalogue_folder(name)
+    if name in MADE:
+        raise ModelError(
+            f"{name!r} is an image model, and this reads text",
+            "set model.task to 'image'; `loralab train digits-styles` shows how.",
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         return _checked_folder(path)

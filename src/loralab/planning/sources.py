@@ -40,7 +40,7 @@ def _built(config: RunConfig, device: torch.device) -> nn.Module:
     try:
         return build_model(
             find_architecture(settings.name),
-            task=settings.task,
+            task=settings.text_task,
             num_labels=settings.num_labels,
             dtype=settings.dtype,
             head_bias=settings.head_bias,

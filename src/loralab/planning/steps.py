@@ -73,7 +73,7 @@ def traceable(config: RunConfig, kind: StepKind, source: ModelSource | None = No
 
 def _own(config: RunConfig, model: nn.Module) -> Trainable:
     meta = torch.device("meta")
-    return prepare(model, config.method, config.training, task=config.model.task, device=meta)
+    return prepare(model, config.method, config.training, task=config.model.text_task, device=meta)
 
 
 def _nothing() -> None:
@@ -148,7 +148,7 @@ def real_step(config: RunConfig, kind: StepKind, device: torch.device) -> Step:
             model,
             config.method,
             config.training,
-            task=config.model.task,
+            task=config.model.text_task,
             device=device,
             rows=_varied(rows, model),
         )
@@ -245,7 +245,7 @@ def _peft_model(config: RunConfig, model: nn.Module) -> nn.Module:
         )
     import peft
 
-    method, task = config.method, config.model.task
+    method, task = config.method, config.model.text_task
     heads = [head_name(model)] if task == "classification" else []
     settings = peft.LoraConfig(
         r=method.rank,

@@ -154,7 +154,7 @@ def _pass(
     trainables = prepare_many(
         base_model(configs[0]),
         [(config.method, config.training) for config in configs],
-        task=configs[0].model.task,
+        task=configs[0].model.text_task,
         rows=bench.rows["train"],
         starts=[start_of(folder) for _, folder in waiting],
     )
@@ -165,7 +165,11 @@ def _pass(
     facts: list[dict[str, Any]] = [{} for _ in runs]
     folders = [run.folder for run in runs]
     events = fit_many(
-        trainables, bench.rows["train"], bench.rows["validation"], folders, halving=halving
+        trainables,
+        [bench.rows["train"]] * len(runs),
+        [bench.rows["validation"]] * len(runs),
+        folders,
+        halving=halving,
     )
     done = 0
     for number, event in events:

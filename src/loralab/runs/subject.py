@@ -77,7 +77,7 @@ class Subject:
             found = predict(
                 self.model,
                 rows,
-                task=self.config.model.task,
+                task=self.config.model.text_task,
                 batch_size=self.config.training.evaluation_batch_size,
                 route=PLACE,
             )
@@ -102,7 +102,7 @@ class Subject:
         return encode(
             examples,
             load_tokenizer(self.config.model.name),
-            task=self.config.model.task,
+            task=self.config.model.text_task,
             max_tokens=self.config.data.max_tokens,
         )
 
@@ -211,7 +211,7 @@ def held_out(subject: Subject, data: str | None, listen: Listener) -> HeldOut:
         examples = load_rows(
             named,
             config.data,
-            task=config.model.task,
+            task=config.model.text_task,
             num_labels=config.model.num_labels,
             label_names=subject.label_names or None,
         )
@@ -219,7 +219,7 @@ def held_out(subject: Subject, data: str | None, listen: Listener) -> HeldOut:
     else:
         dataset = load_dataset(
             config.data if own or subject.run is None else _other_data(config, named).data,
-            task=config.model.task,
+            task=config.model.text_task,
             num_labels=config.model.num_labels,
         )
         if subject.label_names and dataset.label_names != subject.label_names:

@@ -51,7 +51,7 @@ class Workbench:
         return encode(
             examples,
             self.tokenizer,
-            task=self.config.model.task,
+            task=self.config.model.text_task,
             max_tokens=self.config.data.max_tokens,
         )
 
@@ -64,7 +64,7 @@ class Workbench:
             base_model(config),
             config.method,
             config.training,
-            task=config.model.task,
+            task=config.model.text_task,
             rows=self.rows["train"],
             start=start,
         )
@@ -76,7 +76,7 @@ def open_workbench(config: RunConfig, listen: Listener) -> Workbench:
     Raises `DataError`, `FetchError` or `ModelError`; nothing is written but the cache.
     """
     listen(Phase(f"reading {config.data.name or config.data.train}", None, "rows"))
-    dataset = load_dataset(config.data, task=config.model.task, num_labels=config.model.num_labels)
+    dataset = load_dataset(config.data, task=config.model.text_task, num_labels=config.model.num_labels)
     tokenizer = load_tokenizer(config.model.name)
     bench = Workbench(config, dataset, tokenizer)
     counts = ", ".join(f"{len(bench.rows[split])} {split}" for split in SPLITS)
@@ -124,7 +124,7 @@ def base_model(config: RunConfig) -> nn.Module:
     model = config.model
     return load_model(
         model.name,
-        task=model.task,
+        task=model.text_task,
         num_labels=model.num_labels,
         dtype=model.dtype,
         head_bias=model.head_bias,

@@ -19,6 +19,8 @@ from loralab.training.loop import fit
 from loralab.training.many import SHARED, Failed, Stopped, fit_many, prepare_many
 from loralab.training.methods import ADAPTER_NAME, ParameterGroup, Trainable, prepare
 from loralab.training.objective import (
+    Joint,
+    MakesJoint,
     MakesObjective,
     Objective,
     Prediction,
@@ -31,7 +33,7 @@ from loralab.training.prefix import PrefixStore
 from loralab.training.schedule import Schedule, build_schedule
 from loralab.training.starting import START_FILE, lora_config
 from loralab.training.step import Outcome, choose_compile, repeatable_step
-from loralab.training.streams import stream_seed
+from loralab.training.streams import RunStream, stream_seed
 
 __all__ = [
     "ADAPTER_NAME",
@@ -45,6 +47,8 @@ __all__ = [
     "Failed",
     "Finding",
     "Finished",
+    "Joint",
+    "MakesJoint",
     "MakesObjective",
     "Objective",
     "Outcome",
@@ -52,6 +56,7 @@ __all__ = [
     "Plan",
     "Prediction",
     "PrefixStore",
+    "RunStream",
     "Schedule",
     "Started",
     "StepDone",

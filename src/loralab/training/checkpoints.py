@@ -111,6 +111,18 @@ class CheckpointFolder:
             )
         return None
 
+    def steps(self) -> set[int]:
+        """The steps that a run can go on from; 0 is one until a checkpoint has been removed."""
+        paths = self._paths()
+        kept = {int(path.name.removeprefix("step-")) for path in paths}
+        return kept | ({0} if len(paths) < KEPT else set())
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which are to be done again."""
+        for path in self._paths():
+            if int(path.name.removeprefix("step-")) > step:
+                _remove_whole(path)
+
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))
 

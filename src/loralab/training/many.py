@@ -22,13 +22,14 @@ from loralab.config import MethodSection, Task, TrainingSection
 from loralab.data import Row
 from loralab.errors import TrainingError
 from loralab.models import redraw_head
+from loralab.training.checkpoints import CheckpointFolder
 from loralab.training.doctor import check, examine_setup
 from loralab.training.events import Event, Validated
 from loralab.training.identity import frozen_hash
 from loralab.training.interrupts import InterruptFlag
 from loralab.training.loop import Fit
 from loralab.training.methods import Trainable, prepare
-from loralab.training.objective import MakesObjective
+from loralab.training.objective import Joint, MakesJoint, MakesObjective
 from loralab.training.prefix import PrefixStore
 from loralab.training.step import pieces_of, total_targets
 from loralab.training.streams import RunStream, stream_seed
@@ -63,44 +64,54 @@ def prepare_many(
     task: Task | MakesObjective,
     rows: Sequence[Row] = (),
     starts: Sequence[Path | None] = (),
+    names: Sequence[str] = (),
 ) -> list[Trainable]:
-    """An adapter in `model` for each of the settings, all of kind "lora". As `prepare`."""
+    """An adapter in `model` for each of the settings, all of kind "lora". As `prepare`.
+
+    names: what the adapters are called.
+    """
     found = []
     for number, (method, training) in enumerate(settings):
         if isinstance(model, PreTrainedModel):
             redraw_head(model, stream_seed(training.seed, "initialisation"))
         start = starts[number] if starts else None
-        trainable = prepare(
-            model, method, training, task=task, rows=rows, start=start, name=f"run-{number}"
-        )
+        name = names[number] if names else f"run-{number}"
+        trainable = prepare(model, method, training, task=task, rows=rows, start=start, name=name)
         found.append(replace(trainable, base_hash=frozen_hash(trainable)))
     return found
 
 
 def fit_many(
     trainables: Sequence[Trainable],
-    train_rows: Sequence[Row],
-    validation_rows: Sequence[Row],
+    train_rows: Sequence[Sequence[Row]],
+    validation_rows: Sequence[Sequence[Row]],
     folders: Sequence[Path],
     *,
     halving: bool = False,
 ) -> Iterator[tuple[int, Event | Failed | Stopped]]:
     """As `fit` for each of the trainables of `prepare_many`: (number of the run, event).
 
-    Each run has its folder. A run whose loss is no number is `Failed`; the others go on. With
-    `halving` the worse half by validation nll stops after a quarter and after half of the steps, at
-    the first validation from there on that all runs have had.
+    Each run has its rows and its folder. Runs that go on start at the newest step that all of them
+    have kept: what shares a pass decides the last bits. A run whose loss is no number is `Failed`;
+    the others go on. With `halving` the worse half by validation nll stops after a quarter and
+    after half of the steps, at the first validation from there on that all runs have had.
 
     Raises `Interrupted` after Ctrl-C, when every run has a checkpoint; otherwise as `fit`.
     """
-    findings = [examine_setup(trainable, train_rows) for trainable in trainables]
+    findings = [
+        examine_setup(trainable, rows)
+        for trainable, rows in zip(trainables, train_rows, strict=True)
+    ]
     for own in findings:
         check(own)
+    _line_up(folders)
     with ExitStack() as stack:
         interrupt = stack.enter_context(InterruptFlag())
         fits = [
-            Fit(trainable, train_rows, validation_rows, folder, stack, interrupt)
-            for trainable, folder in zip(trainables, folders, strict=True)
+            Fit(trainable, rows, held_out, folder, stack, interrupt)
+            for trainable, rows, held_out, folder in zip(
+                trainables, train_rows, validation_rows, folders, strict=True
+            )
         ]
         for number, fit in enumerate(fits):
             yield number, fit.started(findings[number])
@@ -139,13 +150,18 @@ class _Many:
                 yield from self._advance(number, own, losses[number], seconds / len(rows))
             yield from self._halve()
             over = [n for n in sorted(self._active) if self._fits[n].is_over]
+            if over:  # the pass changes: what goes on later must begin with the same company
+                yield from self._pause()
             for number in over:
                 self._active.discard(number)
                 yield number, self._fits[number].finish()
             if self._interrupt.asked:
-                for number in sorted(self._active):
-                    yield from ((number, event) for event in self._fits[number].pause())
+                yield from self._pause()
                 raise self._fits[0].interrupted()
+
+    def _pause(self) -> Iterator[tuple[int, Event]]:
+        for number in sorted(self._active):
+            yield from ((number, event) for event in self._fits[number].pause())
 
     def _advance(
         self, number: int, rows: Sequence[Row], loss: Tensor, share: float
@@ -215,7 +231,25 @@ class _Many:
         return min(found.values()) if late else None
 
 
-def _together(trainables: Sequence[Trainable]) -> Together | None:
+def _line_up(folders: Sequence[Path]) -> None:
+    """Bring unfinished runs back to the newest step that all of them have kept, if there is one.
+
+    After a kill some are a checkpoint ahead of the others.
+    """
+    kept = [CheckpointFolder(folder / "checkpoints") for folder in folders]
+    newest = [folder.newest() for folder in kept]
+    waiting = [
+        folder
+        for folder, saved in zip(kept, newest, strict=True)
+        if saved is None or not saved.progress.finished
+    ]
+    common = set[int].intersection(*(folder.steps() for folder in waiting)) if waiting else None
+    if common:
+        for folder in waiting:
+            folder.forget_after(max(common))
+
+
+def _together(trainables: Sequence[Trainable]) -> Joint | None:
     """How to run them at once, where that gives what each would compute alone."""
     first = trainables[0]
     if first.training.activation_checkpointing or first.training.offload_activations:
@@ -223,5 +257,7 @@ def _together(trainables: Sequence[Trainable]) -> Together | None:
     if any(t.method.dora or t.method.biases != "none" for t in trainables):
         return None
     if callable(first.task):
-        return None
+        if not isinstance(first.task, MakesJoint) or any(t.method.dropout for t in trainables):
+            return None
+        return first.task.joint(first.model)
     return Together.of(first.model, first.task, fuse_blocks=first.training.fuse_blocks)

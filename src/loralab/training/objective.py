@@ -1,11 +1,13 @@
 """What a run minimises, and what a model says about a row."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from loralab.training.streams import RunStream
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,26 @@ class Objective(Protocol):
 
     def answers(self, rows: Sequence[Any]) -> list[Prediction]:
         """What the model says about each row: the same at every call."""
+        ...
+
+
+@runtime_checkable
+class Joint(Protocol):
+    """The losses of several runs from one forward: as many objectives, each on its own route."""
+
+    def nll_sums(
+        self, rows: Mapping[str, Sequence[Any]], random: Mapping[str, RunStream]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """`Objective.nll_sum` of each route's rows, which draws from the route's own stream."""
+        ...
+
+
+@runtime_checkable
+class MakesJoint(Protocol):
+    """A `MakesObjective` that knows how its runs share a forward."""
+
+    def joint(self, model: nn.Module) -> Joint:
+        """For runs whose adapters `model` hosts."""
         ...
 
 

@@ -37,8 +37,9 @@ class RunStream:
     """The dropout stream of one run among several: `dropout_stream` as a generator of its own."""
 
     def __init__(self, seed: int, step: int, device: torch.device) -> None:
-        self.generator = torch.Generator(device)
-        self.generator.manual_seed(stream_seed(seed, "dropout", step))
+        own = stream_seed(seed, "dropout", step)
+        self.generator = torch.Generator(device).manual_seed(own)
+        self.cpu = self.generator if device.type == "cpu" else torch.Generator().manual_seed(own)
         self._default = default_generator(device)
 
     def state(self) -> Tensor:

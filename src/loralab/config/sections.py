@@ -1,31 +1,15 @@
-"""Run settings: frozen, strictly loaded from one TOML file plus `section.key=value` overrides.
-
-This module imports no torch. Every unknown key and bad value is reported at once, each unknown
-key with the nearest known one.
-"""
+"""The tables of a recipe: frozen, strict, each key with its kind and its bounds."""
 
 import re
-import tomllib
-from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tomli_w
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from loralab.errors import ConfigError, nearest
+from loralab.errors import ConfigError
 
 MethodKind = Literal["lora", "full", "frozen", "head"]
 Task = Literal["classification", "causal"]
+"""What language models are trained for; `model.task` may be "image" too."""
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -77,13 +61,24 @@ class ModelSection(Section):
     """Which base model, and what is put on top of it."""
 
     name: str
-    task: Task = "classification"
+    task: Task | Literal["image"] = "classification"
     num_labels: Annotated[int, Field(ge=2)] = 2
     dtype: Dtype = "float32"
     head_bias: bool = False
     head_dropout: Fraction = 0.0
     dropout: Fraction | None = None  # the base's own dropouts; None keeps them
     pooling: Literal["native", "mean", "last"] = "native"
+
+    @property
+    def text_task(self) -> Task:
+        """`task` for what reads text. Raises `ConfigError` where it is "image"."""
+        if self.task == "image":
+            raise ConfigError(
+                f"{self.name} is an image model (model.task is 'image'), and this reads text",
+                "of image models there are train, doctor, generate --image, evaluate, inspect and"
+                " merge: docs/images.md.",
+            )
+        return self.task
 
 
 class DataSection(Section):
@@ -200,165 +195,26 @@ class CompareSection(Section):
         return self
 
 
-class RunConfig(Section):
-    """All settings of a run or a comparison."""
+class ImagesSection(Section):
+    """What image models alone have; read where `model.task` is "image"."""
 
-    model: ModelSection
-    data: DataSection
-    method: MethodSection = MethodSection()
-    training: TrainingSection = TrainingSection()
-    compare: CompareSection = CompareSection()
-
-    def replace(self, **changes: Any) -> "RunConfig":
-        """A copy with `section__key=value` changed, checked like a fresh one."""
-        tables = self.model_dump()
-        for dotted, value in changes.items():
-            section, key = dotted.split("__", 1)
-            tables[section][key] = value
-        return parse_config(tables)
-
-    def to_toml(self) -> str:
-        """The complete settings as TOML text (keys without a value are left out)."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True))
+    styles: list[str] = []  # an adapter for each, all trained in one pass over the base
+    class_dropout: Fraction = 0.1  # share of rows whose class is hidden, for guidance
+    judged_images: NonNegativeInt = 80  # of each look, seen by judges; 0 leaves judges out
+    sampling_steps: PositiveInt = 12
+    guidance: Positive = 2.0
 
 
-SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation
-    for name, field in RunConfig.model_fields.items()
-    if isinstance(field.annotation, type)
+TEXT_ONLY: dict[str, tuple[str, ...]] = {
+    "model": ("num_labels", "head_bias", "head_dropout", "dropout", "pooling"),
+    "data": (
+        *("validation", "test", "validation_rows", "test_rows", "max_tokens", "min_rating"),
+        *("text", "label", "prompt", "completion", "messages", "group"),
+    ),
+    "method": ("token_rows", "frozen_layers", "freeze_embedding", "init_rows"),
+    "training": (
+        *("head_learning_rate", "cache_frozen_prefix", "compile", "patience"),
+        *("evaluations_per_epoch", "evaluation_batch_size"),
+    ),
 }
-
-
-def parse_config(tables: dict[str, Any], source: str = "the settings") -> RunConfig:
-    """Tables of settings -> `RunConfig`.
-
-    Raises `ConfigError` that lists every unknown key (with the nearest one) and every bad value.
-    """
-    try:
-        return RunConfig.model_validate(tables)
-    except ValidationError as error:
-        faults = [_describe(fault) for fault in error.errors()]
-        listed = "\n".join(f"  - {fault}" for fault in faults)
-        raise ConfigError(
-            f"{source}: {len(faults)} fault{'s' if len(faults) > 1 else ''}\n{listed}",
-            "mend them all and start again; `loralab init` writes a commented recipe.",
-        ) from None
-
-
-def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A recipe (a TOML file, or the name of a shipped one) with `section.key=value` overrides.
-
-    Raises `ConfigError` for a recipe that is not found or is no TOML, and as `parse_config` does.
-    """
-    return _overridden(read_recipe(recipe), overrides, source=str(recipe))
-
-
-def config_without_rows(overrides: Sequence[str]) -> RunConfig:
-    """Settings made of overrides alone, for what reads no rows: a plan. As `load_config`."""
-    return _overridden({"data": {"name": "no rows are read"}}, overrides, source="the settings")
-
-
-def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """Settings with `section.key=value` changed. Raises `ConfigError` as `parse_config` does."""
-    return _overridden(config.model_dump(exclude_none=True), overrides, source="the settings")
-
-
-def _overridden(tables: dict[str, Any], overrides: Sequence[str], source: str) -> RunConfig:
-    for override in overrides:
-        _apply(tables, override)
-    return parse_config(tables, source=source)
-
-
-def read_recipe(recipe: str | Path) -> dict[str, Any]:
-    """The tables of a recipe file or of a shipped recipe named without path and suffix."""
-    path = Path(recipe)
-    shipped = resources.files("loralab") / "recipes" / f"{recipe}.toml"
-    if path.is_file():
-        data = path.read_bytes()
-    elif path.name == str(recipe) and shipped.is_file():
-        data = shipped.read_bytes()
-    else:
-        names = ", ".join(shipped_recipes())
-        raise ConfigError(
-            f"no recipe {str(recipe)!r}: neither a file nor a shipped recipe ({names})",
-            "give the path of a TOML file, or write one with `loralab init`.",
-        )
-    try:
-        return tomllib.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{recipe}: not UTF-8 text ({error})", "save the file as UTF-8."
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{recipe}: not valid TOML: {error}", "mend that line.") from None
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that travel inside the package."""
-    folder = resources.files("loralab") / "recipes"
-    return sorted(
-        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
-    )
-
-
-_PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
-_OVERRIDE = re.compile(rf"\s*({_PART}(?:\s*\.\s*{_PART})+)\s*=(.*)", re.DOTALL)
-
-
-def _apply(tables: dict[str, Any], override: str) -> None:
-    found = _OVERRIDE.fullmatch(override)
-    if found is None:
-        raise ConfigError(
-            f"override {override!r} is not of the form section.key=value",
-            "write for example method.rank=8, training.learning_rate=1e-3 or"
-            " method.rank_pattern.q_proj=4; quote a key that holds dots.",
-        )
-    text = found[2]
-    *parents, key = _key_parts(found[1])
-    place = tables
-    for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} is no table", "check the key.")
-    place[key] = _toml_value(text.strip())
-
-
-def _key_parts(dotted: str) -> list[str]:
-    """The parts of a dotted TOML key, which may be quoted."""
-    try:
-        return [next(iter(tomllib.loads(f"{part} = 0"))) for part in re.findall(_PART, dotted)]
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(
-            f"override key {dotted!r}: {error}",
-            "put a regular expression into single quotes, where a backslash is a backslash.",
-        ) from None
-
-
-def _toml_value(text: str) -> Any:
-    """A value as TOML reads it; words that are no TOML value are strings."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _describe(fault: Any) -> str:
-    place = ".".join(str(part) for part in fault["loc"] if part != "[key]")
-    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
-        known = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
-        return f"{place}: unknown value {fault['input']!r}; {nearest(fault['input'], known)}"
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key {place}; {nearest(str(fault['loc'][-1]), _siblings(fault['loc']))}"
-    if fault["type"] == "missing":
-        return f"{place} is missing"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    given = fault["input"]
-    shown = "" if isinstance(given, dict) else f" (given: {given!r})"
-    return f"{place}: {message[:1].lower()}{message[1:]}{shown}"
-
-
-def _siblings(loc: tuple[Any, ...]) -> list[str]:
-    if len(loc) == 1:
-        return list(SECTIONS)
-    section = SECTIONS.get(str(loc[0]))
-    return list(section.model_fields) if section else []
+"""Settings that mean nothing to an image model."""
