@@ -1,4 +1,4 @@
-"""Activation checkpointing under the name that the installed transformers gives it."""
+"""Activation checkpointing under the name that transformers or diffusers gives it."""
 
 from torch import nn
 
@@ -11,6 +11,9 @@ def enable_activation_checkpointing(model: nn.Module) -> None:
     Without re-entrant autograd, which would lose the gradient where a block's input needs none.
     Raises `ModelError` for a model that cannot.
     """
+    if getattr(model, "_supports_gradient_checkpointing", False):  # a model of diffusers
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
+        return
     # Newer transformers renamed it, and warn on the old name.
     name = "activation_checkpointing_enable"
     enable = getattr(model, name, None) or getattr(model, "gradient_checkpointing_enable", None)
