@@ -1,6 +1,5 @@
 """The objective of image training: say what noise was added, in one run or in several at once."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from loralab import adapters
 from loralab.imaging.denoiser import Denoiser, Images
 from loralab.imaging.digits import ImageRow, stack
+from loralab.imaging.fixed_noise import EVALUATION_TIMESTEPS, generator_of
 from loralab.models import evaluating
 from loralab.training import Joint, Prediction, RunStream
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-_EVALUATION_TIMESTEPS = 4  # one from each quarter of the schedule
 _EVALUATION_ROWS = 64
 
 
@@ -110,15 +109,15 @@ class Denoising:
     def _fixed_losses(self, rows: Sequence[ImageRow]) -> list[float]:
         images = stack(rows)
         labels = torch.tensor([row.label for row in rows])
-        generators = [_generator(row.id) for row in rows]
-        quarter = self._num_timesteps // _EVALUATION_TIMESTEPS
+        generators = [generator_of(row.id) for row in rows]
+        quarter = self._num_timesteps // EVALUATION_TIMESTEPS
         total = torch.zeros(len(rows))
-        for number in range(_EVALUATION_TIMESTEPS):
+        for number in range(EVALUATION_TIMESTEPS):
             noise = torch.stack([torch.randn(images.shape[1:], generator=g) for g in generators])
             steps = torch.cat([torch.randint(quarter, (1,), generator=g) for g in generators])
             noised = Noised(images, noise, steps + number * quarter, labels)
             total += self.losses(noised).cpu()
-        return (total / _EVALUATION_TIMESTEPS).tolist()
+        return (total / EVALUATION_TIMESTEPS).tolist()
 
     def losses(self, noised: Noised) -> Float[Tensor, "rows"]:
         """Each row's loss, along the route that is open."""
@@ -169,8 +168,3 @@ class JointDenoising:
             losses = self._objective.losses(together)
         sums = [part.sum() for part in losses.split(counts)]
         return dict(zip(rows, sums, strict=True))
-
-
-def _generator(name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"denoising:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
