@@ -15,6 +15,7 @@ from loralab.evidence import (
     last_holding,
     loss_of,
     rank_curve,
+    rank_verdict,
 )
 
 
@@ -112,3 +113,33 @@ def test_capacity_by_hand() -> None:
     told = capacity_sentences({**found, "rows": 4000, "how": "so"})
     assert "rank 10 could hold them all (4 to 24" in " ".join(told)
     assert "rule of thumb" in " ".join(told)
+
+
+def test_the_verdict_calls_a_gain_a_gain() -> None:
+    document = {
+        "tolerance": 0.01,
+        "unit": "nats a row",
+        "rows": {"choose": 60},
+        "full": {"rank": 16, "bytes": 100},
+        "chosen": {
+            "rank": 4,
+            "rule": "uniform",
+            "bytes": 25,
+            "lost_nll": {"upper": 0.004},
+            "confirm": {
+                "rows": 50,
+                "within": True,
+                "lost_nll": {"mean": 0.002, "low": -0.001, "high": 0.005},
+            },
+        },
+    }
+    assert rank_verdict(document) == (
+        "Rank 4 is enough: it loses at most 0.004 nats a row (95 %) on 60 rows, within the"
+        " tolerance of 0.01; on 50 fresh rows it loses 0.002 (−0.001 to 0.005). 25 % of the bytes"
+        " of rank 16."
+    )
+    document["chosen"]["lost_nll"] = {"upper": -0.003}
+    document["chosen"]["confirm"]["lost_nll"] = {"mean": -0.005, "low": -0.009, "high": -0.001}
+    told = rank_verdict(document)
+    assert "it gains at least 0.003 nats a row (95 %)" in told
+    assert "it gains 0.005 (0.001 to 0.009)" in told

@@ -24,6 +24,8 @@ class Reader(HTMLParser):
         self.feed(html)
         self.close()
         assert self.open == []
+        names = [name for _, attributes in self.elements if (name := attributes.get("id"))]
+        assert len(set(names)) == len(names), "an id stands twice"
 
     @property
     def text(self) -> str:
@@ -34,7 +36,7 @@ class Reader(HTMLParser):
     def charts(self) -> dict[str, dict[str, Any]]:
         """The specifications by their id."""
         return {
-            str(attributes["id"]): json.loads(content)
+            str(attributes["id"]).removeprefix("chart-"): json.loads(content)
             for attributes, content in self.scripts
             if attributes.get("type") == "application/json"
         }

@@ -105,22 +105,31 @@ def rank_verdict(document: Mapping[str, Any]) -> str:
     name = f"Rank {chosen['rank']}"
     if chosen["rule"] == "global":
         name = f"The size of rank {chosen['rank']}, spread by one threshold,"
-    sure = chosen["lost_nll"]
     found = chosen["confirm"]
-    lost = found["lost_nll"]
-    fresh = (
-        f"on {found['rows']:,} fresh rows it loses {_number(lost['mean'])}"
-        f" ({_number(lost['low'])} to {_number(lost['high'])})"
-        if lost["mean"] is not None
-        else f"on {found['rows']:,} fresh rows its loss is not finite"
-    )
-    verdict_of_fresh = "" if found["within"] else f", which is more than the tolerance: {_DOUBT}"
+    doubt = "" if found["within"] else f", which is more than the tolerance: {_DOUBT}"
     return (
-        f"{name} is enough: it loses at most {_number(sure['upper'])} {unit} (95 %) on"
-        f" {document['rows']['choose']:,} rows, within the tolerance of {tolerance}; {fresh}"
-        f"{verdict_of_fresh}. {100 * chosen['bytes'] / full['bytes']:.0f} % of the bytes of rank"
+        f"{name} is enough: {_bounded(chosen['lost_nll']['upper'], unit)} on"
+        f" {document['rows']['choose']:,} rows, within the tolerance of {tolerance};"
+        f" on {found['rows']:,} fresh rows {_on_fresh(found['lost_nll'])}"
+        f"{doubt}. {100 * chosen['bytes'] / full['bytes']:.0f} % of the bytes of rank"
         f" {full['rank']}."
     )
+
+
+def _bounded(upper: float, unit: str) -> str:
+    """The one-sided bound of a choice in words; below zero it bounds a gain."""
+    if upper < 0:
+        return f"it gains at least {_number(-upper)} {unit} (95 %)"
+    return f"it loses at most {_number(upper)} {unit} (95 %)"
+
+
+def _on_fresh(lost: Mapping[str, float | None]) -> str:
+    mean, low, high = lost["mean"], lost["low"], lost["high"]
+    if mean is None or low is None or high is None:
+        return "its loss is not finite"
+    if mean < 0:
+        return f"it gains {_number(-mean)} ({_number(-high)} to {_number(-low)})"
+    return f"it loses {_number(mean)} ({_number(low)} to {_number(high)})"
 
 
 _DOUBT = "do not rely on it, and choose again on more rows"

@@ -4,16 +4,13 @@ The specifications hold their own colours and data, so each can be lifted out of
 by any Vega-Lite. Inside a page its style sheet recolours axes and text for dark mode and print.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from loralab.reports.blocks import Swatch
-from loralab.reports.formats import finite
 from loralab.reports.series import LOG_RATIO
 
 Spec = dict[str, Any]
-CostKind = Literal["count", "bytes", "seconds"]
 
 # Told apart with every common colour blindness, and at least 3:1 on both paper and night.
 _STYLES = {
@@ -32,16 +29,15 @@ _SHAPE_PATHS = {
     "cross": "M4.4 1h3.2v3.4H11v3.2H7.6V11H4.4V7.6H1V4.4h3.4Z",
 }
 INK, _RULE = "#3d4650", "#dfe3e8"
-_COST_LOG_RATIO = 5  # costs that span more than this ratio stand on a logarithmic axis
-_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
+KIB, MIB, GIB = 2**10, 2**20, 2**30
 # Vega expressions that write an axis value, by what the axis measures.
-_COST_LABELS = {
+AXIS_LABELS = {
     "count": "datum.value < 1000 ? format(datum.value, '~r') : format(datum.value, '~s')",
     "bytes": (
         "datum.value == 0 ? '0' : "
-        f"datum.value >= {_GIB} ? format(datum.value / {_GIB}, '.3~r') + ' GiB' : "
-        f"datum.value >= {_MIB} ? format(datum.value / {_MIB}, '.3~r') + ' MiB' : "
-        f"datum.value >= {_KIB} ? format(datum.value / {_KIB}, '.3~r') + ' KiB' : "
+        f"datum.value >= {GIB} ? format(datum.value / {GIB}, '.3~r') + ' GiB' : "
+        f"datum.value >= {MIB} ? format(datum.value / {MIB}, '.3~r') + ' MiB' : "
+        f"datum.value >= {KIB} ? format(datum.value / {KIB}, '.3~r') + ' KiB' : "
         "format(datum.value, '.3~r') + ' B'"
     ),
     "seconds": (
@@ -235,7 +231,7 @@ def memory_chart(
     """
     x = {"field": "at", "type": "quantitative", "title": "the step, in the order of time"}
     x |= {"axis": {"labels": False, "ticks": False, "grid": False}, "scale": {"nice": False}}
-    size = {"labelExpr": _COST_LABELS["bytes"], "tickCount": 5}
+    size = {"labelExpr": AXIS_LABELS["bytes"], "tickCount": 5}
     order = {swatch.label: index for index, swatch in enumerate(styles)}
     stacked = [{**row, "order": order[row["kind"]]} for row in rows]
     area = {
@@ -275,95 +271,6 @@ def _highest_stack(rows: Sequence[Mapping[str, Any]]) -> int:
     for row in rows:
         sums[row["at"]] = sums.get(row["at"], 0) + row["bytes"]
     return max(sums.values(), default=0)
-
-
-def cost_chart(
-    rows: Sequence[Mapping[str, Any]],
-    styles: Sequence[Swatch],
-    *,
-    cost_title: str,
-    cost_kind: CostKind,
-    quality_title: str,
-    quality_format: str,
-    description: str,
-) -> Spec:
-    """Quality with its interval against a cost, a point a method.
-
-    Rows have `method`, `cost`, `mean`, `low`, `high` and, for the tooltip, `cost_text` and
-    `quality_text`. `cost_kind` decides how the axis is written.
-    """
-    costs = [cost for row in rows if (cost := finite(row["cost"])) is not None]
-    logarithmic = bool(costs) and min(costs) > 0 and max(costs) > _COST_LOG_RATIO * min(costs)
-    x = {
-        "field": "cost",
-        "type": "quantitative",
-        "scale": {"type": "log", "padding": 16}
-        if logarithmic
-        else {"zero": True, "padding": 16, "nice": True},
-        "title": cost_title + (", logarithmic" if logarithmic else ""),
-        "axis": {
-            "grid": False,
-            "tickCount": 3,
-            "labelExpr": _COST_LABELS[cost_kind],
-            "labelOverlap": "greedy",
-            **(_binary_ticks(costs, logarithmic) if cost_kind == "bytes" else {}),
-        },
-    }
-    axis = {"tickCount": 4, "format": quality_format}
-    y_scale = {"zero": False, "nice": True, "padding": 6}
-    y = {"type": "quantitative", "scale": y_scale, "title": quality_title, "axis": axis}
-    colour = {
-        "field": "method",
-        "type": "nominal",
-        "scale": by_method(styles, "colour"),
-        "legend": None,
-    }
-    shape = {**colour, "scale": by_method(styles, "shape")}
-    tooltip = [
-        {"field": "method", "type": "nominal", "title": "method"},
-        {"field": "cost_text", "type": "nominal", "title": cost_title},
-        {"field": "quality_text", "type": "nominal", "title": quality_title},
-    ]
-    return view(
-        description,
-        rows,
-        layer=[
-            {
-                "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.7},
-                "encoding": {
-                    "x": x,
-                    "y": {"field": "low", **y},
-                    "y2": {"field": "high"},
-                    "color": colour,
-                },
-            },
-            {
-                "mark": {"type": "point", "filled": True, "size": 75, "opacity": 1},
-                "encoding": {
-                    "x": x,
-                    "y": {"field": "mean", **y},
-                    "color": colour,
-                    "shape": shape,
-                    "tooltip": tooltip,
-                },
-            },
-        ],
-    )
-
-
-def _binary_ticks(sizes: Sequence[int | float], logarithmic: bool) -> Spec:
-    """Axis values at round binary sizes; nothing where Vega's own will do."""
-    if not sizes or max(sizes) <= 0:
-        return {}
-    units = (1, _KIB, _MIB, _GIB)
-    if logarithmic:
-        decades = [decade * unit for unit in units for decade in (1, 10, 100)]
-        ticks = [tick for tick in decades if min(sizes) / 4 <= tick <= 4 * max(sizes)]
-    else:
-        steps = [m * unit for unit in units for m in (1, 2, 5, 10, 20, 50, 100, 200, 500)]
-        step = next((step for step in steps if max(sizes) / step < 3), steps[-1])
-        ticks = [i * step for i in range(math.floor(max(sizes) / step) + 1)]
-    return {"values": ticks} if len(ticks) > 1 else {}
 
 
 def _scale(domain: Sequence[float]) -> Spec:

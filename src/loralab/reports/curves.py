@@ -6,12 +6,13 @@ from typing import Any
 
 from loralab.reports import charts, formats, series
 from loralab.reports.blocks import Cell, Column, Figure, FigureGrid, Section, Swatch, Table
+from loralab.reports.cost_chart import CostKind, cost_chart
 from loralab.reports.parts import interval, share_cell
 
 Row = Mapping[str, Any]
 Styles = Mapping[str, Swatch]
 
-_COSTS: tuple[tuple[str, str, charts.CostKind, Callable[[Any], str]], ...] = (
+_COSTS: tuple[tuple[str, str, CostKind, Callable[[Any], str]], ...] = (
     ("trainable_parameters", "trainable parameters", "count", formats.count),
     ("peak_bytes", "peak memory", "bytes", formats.data_size),
     ("step_seconds", "time of a step", "seconds", formats.duration),
@@ -163,7 +164,7 @@ def cost_section(methods: Sequence[Row], styles: Styles) -> Section | None:
             Figure(
                 f"cost-{key}-{cost}",
                 "",
-                charts.cost_chart(
+                cost_chart(
                     _cost_points(measured, cost, key, write_cost, write),
                     [styles[name] for name in names],
                     cost_title=cost_title,

@@ -22,6 +22,7 @@ def layer_heat_map(
     Rows have `block` (a number, or "other"), `kind`, `module` and `value`.
     """
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    blocks = sorted({row["block"] for row in rows}, key=lambda b: (not isinstance(b, int), b))
     scale: Spec = {"scheme": SCHEME}
     if logarithmic and all(row["value"] > 0 for row in rows):
         scale["type"] = "log"
@@ -35,7 +36,7 @@ def layer_heat_map(
                     "field": "block",
                     "type": "ordinal",
                     "title": "block",
-                    "sort": None,
+                    "sort": blocks,
                     "axis": {"labelAngle": 0, "labelOverlap": "greedy", "ticks": False},
                 },
                 "y": {

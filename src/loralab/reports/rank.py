@@ -1,6 +1,7 @@
 """The page of `loralab rank`: quality against size, the choice, and what the figures rest on."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loralab.reports import charts, formats, heatmaps
@@ -16,6 +17,7 @@ from loralab.reports.blocks import (
     Section,
     Table,
 )
+from loralab.reports.cost_chart import cost_chart, level_line
 from loralab.reports.parts import count_cell, figure_cell, share_cell, size_cell, table_of
 
 Row = Mapping[str, Any]
@@ -56,20 +58,28 @@ def _curve_section(document: Row) -> Section | None:
     if not curve:
         return None
     unit = str(document.get("unit", "nats"))
-    figures = [
-        _figure("lost", f"lost log-likelihood, {unit}", curve, "lost_nll", ".3~r"),
-        _figure("lost-accuracy", "lost accuracy", curve, "lost_accuracy", ".1~%"),
-    ]
+    lost = _figure("lost", "lost log-likelihood", curve, "lost_nll", unit, ".3~r")
+    tolerance = document.get("tolerance")
+    if tolerance is not None:
+        line = level_line(float(tolerance), unit, "tolerance")
+        lost = replace(lost, spec={**lost.spec, "layer": [*lost.spec["layer"], *line]})
+    accuracy = _figure(
+        "lost-accuracy", "lost accuracy", curve, "lost_accuracy", "lost accuracy", ".1~%"
+    )
+    figures = (lost, accuracy)
     caption = (
         "What each truncation loses against the whole adapter, paired by row, with its 95 %"
-        " interval, against its size. Below zero: the truncation is better than the whole."
+        " interval, against its size; the figures are in the table below. Below zero: the"
+        " truncation is better than the whole."
     )
     return Section(
-        "curve", "Quality against size", "Curve", (FigureGrid(caption, tuple(figures), ()),)
+        "curve", "Quality against size", "Curve", (FigureGrid(caption, figures, (), broad=True),)
     )
 
 
-def _figure(key: str, title: str, curve: Sequence[Row], measure: str, number: str) -> Figure:
+def _figure(
+    key: str, title: str, curve: Sequence[Row], measure: str, unit: str, number: str
+) -> Figure:
     names = [RULE_NAMES[rule] for rule in dict.fromkeys(str(row["rule"]) for row in curve)]
     styles = tuple(charts.swatches(names).values())
     rows = [
@@ -83,12 +93,12 @@ def _figure(key: str, title: str, curve: Sequence[Row], measure: str, number: st
         for row in curve
         if row[measure]["mean"] is not None
     ]
-    spec = charts.cost_chart(
+    spec = cost_chart(
         rows,
         styles,
         cost_title="size of the adapter",
         cost_kind="bytes",
-        quality_title=title,
+        quality_title=unit,
         quality_format=number,
         description=f"{title} by size of the truncated adapter",
     )
@@ -169,7 +179,11 @@ def _pattern_section(document: Row) -> Section | None:
         description="Rank of each module under one threshold on all singular values",
     )
     caption = "The smallest allowed spread of the same size: one threshold on all singular values."
-    grid = FigureGrid(caption, (Figure("pattern", "rank by module", spec),), (), broad=True)
+    columns = (Column("module", numeric=False), Column("rank"))
+    by_block = sorted(ranks.items(), key=lambda item: _in_order(item[0]))
+    table = Table("", columns, tuple((Cell(n), Cell(str(r))) for n, r in by_block), wide=False)
+    figure = Figure("ranks", "rank by module", spec)
+    grid = FigureGrid(caption, (figure,), (table,), broad=True)
     return Section("pattern", "A rank for each module", "Modules", (grid,))
 
 
@@ -180,6 +194,12 @@ def _place(module: str) -> tuple[int | str, str]:
     if number is None:
         return "other", module
     return int(parts[number]), ".".join(parts[number + 1 :])
+
+
+def _in_order(module: str) -> tuple[bool, int | str, str]:
+    """Blocks by their numbers, then what is outside of them."""
+    block, kind = _place(module)
+    return isinstance(block, str), block, kind
 
 
 def _trained_section(document: Row) -> Section | None:

@@ -14,12 +14,13 @@
   };
   for (const place of document.querySelectorAll("[data-chart]")) {
     try {
-      const spec = JSON.parse(document.getElementById(place.dataset.chart).textContent);
+      const spec = JSON.parse(document.getElementById("chart-" + place.dataset.chart).textContent);
       await vegaEmbed(place, spec, options);
     } catch (error) {
       console.error(error);
       place.textContent = "This chart could not be drawn; its figures are in the table below.";
-      place.closest("figure").querySelector("details").open = true;
+      const table = place.closest("figure").querySelector("details");
+      if (table) table.open = true;
     }
   }
   document.documentElement.classList.add("drawn");
