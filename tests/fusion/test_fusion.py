@@ -29,8 +29,10 @@ from transformers import (
 from loralab.adapters import LoRAConfig, SharedInput, adapter_parameters, attach, use
 from loralab.adapters.step import Part
 from loralab.fusion import fused, matching_blocks
-from loralab.fusion.block import Angles, Block, BlockStep, Piece
+from loralab.fusion.block import Block, BlockStep
+from loralab.fusion.gates import gate_of
 from loralab.fusion.norms import RMSNorm
+from loralab.fusion.pieces import Angles, Piece
 from loralab.models import enable_activation_checkpointing
 
 SIZES: dict[str, Any] = {
@@ -188,7 +190,7 @@ def random_block(dropout: float) -> tuple[Block, list[torch.Tensor]]:
         mlp_norm=norm,
         gate_up=inputs(8, [10, 10], [1.0, -1.0]),
         down=inputs(10, [8], [1.0]),
-        activation=nn.SiLU(),
+        gate=gate_of(nn.SiLU()),
     )
     factors = []
     for shared in block.inputs:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import no_type_check
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Generator, Tensor
 from torch._guards import active_fake_mode
 
@@ -94,7 +94,7 @@ def num_flips(width: int) -> int:
 
 def table(
     width: int, dropout: float | int, dtype: torch.dtype, device: torch.device
-) -> Float[Tensor, " flips"]:
+) -> Shaped[Tensor, " flips"]:
     """The flips that rows of `width` are masked by, made at the first call; a process keeps it."""
     return _table(num_flips(width), dropout, dtype, device, active_fake_mode())
 

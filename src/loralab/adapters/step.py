@@ -3,8 +3,9 @@
 `y = W x + s B A (m * x) / (1 - p)` with a dropout mask m. Kept for the backward pass: the input
 (once, where several layers read the same tensor) and eight bytes a row that bring m back. Not kept:
 `A x`, the masked input, the mask, the low-rank output. Masters A and B are fp32 and compute in the
-base's dtype. Layouts of the thin products are the ones that are fast on CPUs: `(h' g)'` and not
-`g' h` (benchmarks/LOG.md).
+base's dtype. On a CPU with a compiler all that the pairs do is one call of a kernel (room native);
+elsewhere it is torch's products, in the layouts that are fast on CPUs: `(h' g)'` and not `g' h`
+(benchmarks/LOG.md).
 
 The plain formula is `layers.low_rank`; here it stands once more, with its gradient.
 """
@@ -19,7 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loralab.adapters.noise import Places, draw_places, mask_at, stream_of
+from loralab.adapters.noise import Places, draw_places, mask_at, stream_of, table
+from loralab.native import training as native
+from loralab.native.training import Pair
 
 EVERY_ROW = slice(None)
 
@@ -95,12 +98,22 @@ def project(
     """
     outputs = [F.linear(x, w, b) for w, b in zip(shared.weights, shared.biases, strict=True)]
     for part, own in shared.split(factors):
-        mask = _mask(x, part, places)
-        dropped = x[part.rows] if mask is None else mask.mul_(x[part.rows])
-        hidden = dropped @ _stacked(own, x.dtype).mT
-        for y, scale, B, h in _pairs(outputs, part, own, hidden):
-            y.addmm_(h, B.mT, alpha=scale)
+        own_x, As = x[part.rows], own[::2]
+        pairs = _pairs(outputs, part, own)
+        if native.covers_pairs(own_x, As, pairs):
+            native.add_pairs(own_x, As, pairs, _kernel_mask(x, part, places))
+        else:
+            _add_pairs(own_x, As, pairs, _mask(x, part, places))
     return outputs
+
+
+def _add_pairs(x: Tensor, As: Sequence[Tensor], pairs: Sequence[Pair], mask: Tensor | None) -> None:
+    """To the rows of each pair `s B A (m * x)`, in place."""
+    dropped = x if mask is None else mask.mul_(x)
+    hidden = dropped @ _stacked(As, x.dtype).mT
+    ranks = [len(A) for A in As]
+    for pair, h in zip(pairs, hidden.split(ranks, dim=1), strict=True):
+        pair.rows.addmm_(h, pair.B.to(x.dtype).mT, alpha=pair.scale)
 
 
 def project_backward(
@@ -116,29 +129,46 @@ def project_backward(
     grad_factors: list[Tensor] = []
     grad_x = _empty_gradient(x, shared) if wants_input else None
     for part, own in shared.split(factors):
-        A = _stacked(own, x.dtype)
-        mask = _mask(x, part, places)
-        dropped = x[part.rows] if mask is None else mask * x[part.rows]
-        hidden = dropped @ A.mT
-        grad_hidden = torch.empty_like(hidden)
-        grad_Bs = []
-        at = 0
-        for g, scale, B, h in _pairs(gradients, part, own, hidden):
-            torch.mm(g, B, out=grad_hidden[:, at : at + B.shape[1]]).mul_(scale)
-            grad_Bs.append((h.mT @ g).mT * scale)
-            at += B.shape[1]
-        grad_A = grad_hidden.mT @ dropped
-        ranks = [B.shape[1] for B in own[1::2]]
-        for own_A, own_B, master in zip(grad_A.split(ranks), grad_Bs, own[::2], strict=True):
-            grad_factors += [own_A.to(master.dtype), own_B.to(master.dtype)]
-        if grad_x is not None:
-            through = torch.mm(grad_hidden, A, out=grad_x[part.rows])
-            if mask is not None:
-                through.mul_(mask)
+        own_x, As = x[part.rows], own[::2]
+        own_grad_x = None if grad_x is None else grad_x[part.rows]
+        pairs = _pairs(gradients, part, own)
+        if native.covers_pairs(own_x, As, pairs):
+            mask = _kernel_mask(x, part, places)
+            grad_As, grad_Bs = native.pairs_backward(own_x, As, pairs, mask, own_grad_x)
+        else:
+            mask = _mask(x, part, places)
+            grad_As, grad_Bs = _pairs_backward(own_x, As, pairs, mask, own_grad_x)
+        for grads, master in zip(zip(grad_As, grad_Bs, strict=True), own[::2], strict=True):
+            grad_factors += [grad.to(master.dtype) for grad in grads]
     if wants_input:
         for g, weight in zip(gradients, shared.weights, strict=True):
             grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
     return grad_x, grad_factors
+
+
+def _pairs_backward(
+    x: Tensor,
+    As: Sequence[Tensor],
+    pairs: Sequence[Pair],
+    mask: Tensor | None,
+    grad_x: Tensor | None,
+) -> tuple[Sequence[Tensor], list[Tensor]]:
+    """The gradients of every A and every B; that of `x` through the pairs goes to `grad_x`."""
+    A, ranks = _stacked(As, x.dtype), [len(A) for A in As]
+    dropped = x if mask is None else mask * x
+    hidden = dropped @ A.mT
+    grad_hidden = torch.empty_like(hidden)
+    grad_Bs = []
+    columns = zip(hidden.split(ranks, dim=1), grad_hidden.split(ranks, dim=1), strict=True)
+    for pair, (h, grad_h) in zip(pairs, columns, strict=True):
+        torch.mm(pair.rows, pair.B.to(x.dtype), out=grad_h).mul_(pair.scale)
+        grad_Bs.append((h.mT @ pair.rows).mT * pair.scale)
+    grad_A = grad_hidden.mT @ dropped
+    if grad_x is not None:
+        through = torch.mm(grad_hidden, A, out=grad_x)
+        if mask is not None:
+            through.mul_(mask)
+    return grad_A.split(ranks), grad_Bs
 
 
 def _empty_gradient(x: Tensor, shared: SharedInput) -> Tensor | None:
@@ -155,24 +185,27 @@ def _mask(x: Tensor, part: Part, places: Places | None) -> Tensor | None:
     return mask_at(x[part.rows], places[part.rows], part.dropout)
 
 
-def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "ranks in"]:
+def _kernel_mask(x: Tensor, part: Part, places: Places | None) -> native.Mask | None:
+    if places is None or not part.dropout:
+        return None
+    flips = table(x.shape[-1], part.dropout, torch.uint8, x.device)
+    return native.Mask(flips, places[part.rows])
+
+
+def _stacked(As: Sequence[Tensor], dtype: torch.dtype) -> Float[Tensor, "ranks in"]:
     """The A of all pairs as one matrix, so that the shared input is read once."""
-    own = [A.to(dtype) for A in factors[::2]]
+    own = [A.to(dtype) for A in As]
     return own[0] if len(own) == 1 else torch.cat(own)
 
 
-def _pairs(
-    values: Sequence[Tensor], part: Part, factors: Sequence[Tensor], hidden: Tensor
-) -> Iterator[tuple[Tensor, float | int, Tensor, Tensor]]:
-    """(the part's rows of the value, scale, B, hidden) of each layer that has a pair; hidden in
-    the stack's columns."""
+def _pairs(values: Sequence[Tensor], part: Part, factors: Sequence[Tensor]) -> list[Pair]:
+    """The pair of each layer that has one, with the part's rows of the layer's value."""
     Bs = iter(factors[1::2])
-    at = 0
-    for value, scale in zip(values, part.scales, strict=True):
-        if scale is not None:
-            B = next(Bs).to(hidden.dtype)
-            yield value[part.rows], scale, B, hidden[:, at : at + B.shape[1]]
-            at += B.shape[1]
+    return [
+        Pair(next(Bs), scale, value[part.rows])
+        for value, scale in zip(values, part.scales, strict=True)
+        if scale is not None
+    ]
 
 
 def low_rank_step(

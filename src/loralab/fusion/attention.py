@@ -1,8 +1,8 @@
 """Attention with grouped queries, forward and backward, in the form that is faster.
 
-Plain products keep the weights (tokens x tokens for each head) and are by far the fastest for short
-rows on a CPU, whose own kernel's backward is slow, in half precision above all (benchmarks/LOG.md).
-Everything else is torch's kernel, whose forward runs again in the backward pass.
+Plain products keep the weights (tokens x tokens for each head) and beat torch's kernel for short
+rows on a CPU, whose backward is slow, in half precision above all (benchmarks/LOG.md). Everything
+else is torch's kernel, whose forward runs again in the backward pass.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,10 @@ Mask = Bool[Tensor, "_ 1 _ tokens"] | Float[Tensor, "_ 1 _ tokens"] | None
 
 
 class Attended(NamedTuple):
-    """What the backward pass of attention needs; `weights` of plain products only."""
+    """What the backward pass of attention needs; `weights` of plain products only.
+
+    Where room native attends (`pieces`), q, k and v are the projections' rows.
+    """
 
     q: Queries
     k: Keys

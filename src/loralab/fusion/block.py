@@ -4,9 +4,9 @@
     m = norm(h)      y = h + Down(act(Gate m) * Up m)
 
 Q ... Down are frozen linear layers, each with a low-rank pair or without. Kept for the backward
-pass: x, h, the rotated queries and keys, the values, the attention weights and output, and the
-outputs of Gate and Up. Run again there: the norms, act, the gated product, the dropout masks and
-the thin products; none of them is a large matrix product.
+pass: x, h, the queries, keys and values, the attention output, and the outputs of Gate and Up (and
+the attention weights, where no kernel makes them again). Run again there: the norms, act, the gated
+product, the dropout masks and the thin products; none of them is a large matrix product.
 
 The tokens of several batches may be given one after another, as pieces: only attention, which looks
 at several tokens, is done piece by piece.
@@ -15,20 +15,18 @@ at several tokens, is done piece by piece.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, no_type_check
+from typing import Any, ClassVar, no_type_check
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loralab.adapters import EVERY_ROW, SharedInput, draw_mask, project, project_backward
-from loralab.fusion.attention import Attended, Mask, attend, attend_backward
+from loralab.fusion.attention import Attended
+from loralab.fusion.gates import Gate
 from loralab.fusion.norms import Norm
-
-Rows = Float[Tensor, "_ _"]
-Heads = Float[Tensor, "batch _ _ head_size"]
-Positions = Int[Tensor, "batch wanted"]
+from loralab.fusion.pieces import Piece, Rows, put, take
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Block:
     mlp_norm: Norm
     gate_up: SharedInput
     down: SharedInput
-    activation: nn.Module
+    gate: Gate
 
     @property
     def inputs(self) -> tuple[SharedInput, SharedInput, SharedInput, SharedInput]:
@@ -55,54 +53,6 @@ class Block:
             parts.append(factors[at : at + shared.num_factors])
             at += shared.num_factors
         return parts
-
-
-class Angles(NamedTuple):
-    """Cosines and sines of the rotary positions."""
-
-    cos: Float[Tensor, "_ tokens head_size"]
-    sin: Float[Tensor, "_ tokens head_size"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A batch among the tokens that a block is given, which may be all of them.
-
-    tokens: where they stand, row after row. wanted: the positions in each row that are computed
-    beyond keys and values; None for all.
-    """
-
-    tokens: slice
-    num_rows: int
-    angles: Angles
-    mask: Mask
-    wanted: Positions | None = None
-
-    @property
-    def num_wanted(self) -> int:
-        """How many of its tokens are computed to the end."""
-        if self.wanted is None:
-            return self.tokens.stop - self.tokens.start
-        return self.wanted.numel()
-
-    def batch(self, rows: Rows) -> Float[Tensor, "batch _ width"]:
-        """Rows of the piece alone, as a batch."""
-        return rows.view(self.num_rows, -1, rows.shape[-1])
-
-    def heads(self, rows: Rows) -> Heads:
-        """Rows of the piece alone, as heads."""
-        return self.batch(rows).unflatten(-1, (-1, self.angles.cos.shape[-1])).transpose(1, 2)
-
-    def seen(self) -> Mask:
-        """The mask of the queries that are computed."""
-        mask = self.mask
-        if self.wanted is None:
-            return mask
-        if mask is None:
-            num_tokens = self.angles.cos.shape[1]
-            shape = num_tokens, num_tokens
-            mask = torch.ones(shape, dtype=torch.bool, device=self.wanted.device).tril()[None, None]
-        return take(mask.expand(self.num_rows, -1, -1, -1), self.wanted)
 
 
 @dataclass(frozen=True)
@@ -154,8 +104,8 @@ def block_forward(
     n, _ = block.attention_norm.forward(x)
     qkv_places = draw_mask(n, block.queries_keys_values)
     qkv = project(n, block.queries_keys_values, of_qkv, qkv_places)
-    found = [_attend(piece, *(each[piece.tokens] for each in qkv)) for piece in pieces]
-    attention = _joined([heads for heads, _ in found])
+    found = [piece.attend(*(each[piece.tokens] for each in qkv)) for piece in pieces]
+    attention = _joined([rows for rows, _ in found])
     output_places = draw_mask(attention, block.output)
     h = project(attention, block.output, of_output, output_places)[0]
     h = h.add_(_taken(x, pieces))
@@ -163,7 +113,7 @@ def block_forward(
     m, _ = block.mlp_norm.forward(h)
     gate_up_places = draw_mask(m, block.gate_up)
     gate, up = project(m, block.gate_up, of_gate_up, gate_up_places)
-    gated = block.activation(gate).mul_(up)
+    gated = block.gate.forward(gate, up)
     down_places = draw_mask(gated, block.down)
     y = project(gated, block.down, of_down, down_places)[0].add_(h)
 
@@ -188,27 +138,26 @@ def block_backward(
     qkv_places, output_places, gate_up_places, down_places = kept.places
     grad_y = _taken(g, pieces)
 
-    with torch.enable_grad():
-        gate = kept.gate.detach().requires_grad_()
-        activated = block.activation(gate)
-    gated = activated.detach() * kept.up
+    gated = block.gate.forward(kept.gate, kept.up)
     grad_gated, grad_down = project_backward([grad_y], gated, block.down, of_down, down_places)
     assert grad_gated is not None
-    grad_up = grad_gated * activated.detach()
-    (grad_gate,) = torch.autograd.grad(activated, gate, grad_gated.mul_(kept.up))
+    grad_gate, grad_up = block.gate.backward(grad_gated, kept.gate, kept.up)
     m, scales_h = block.mlp_norm.forward(kept.h)
     grad_m, grad_gate_up = project_backward(
         [grad_gate, grad_up], m, block.gate_up, of_gate_up, gate_up_places
     )
     assert grad_m is not None
-    grad_h = block.mlp_norm.backward(grad_m, kept.h, scales_h).add_(grad_y)
+    grad_h = block.mlp_norm.backward(grad_m, kept.h, scales_h, grad_y)
 
     grad_attention, grad_output = project_backward(
         [grad_h], kept.attention, block.output, of_output, output_places
     )
     assert grad_attention is not None
     by_piece = grad_attention.split([piece.num_wanted for piece in pieces])
-    found = [_attend_backward(*each) for each in zip(pieces, by_piece, kept.attended, strict=True)]
+    found = [
+        piece.attend_backward(own, attended)
+        for piece, own, attended in zip(pieces, by_piece, kept.attended, strict=True)
+    ]
     grad_qkv = [_joined(each) for each in zip(*found, strict=True)]
     n, scales_x = block.attention_norm.forward(x)
     grad_n, grad_factors = project_backward(
@@ -217,24 +166,8 @@ def block_backward(
     grad_factors = [*grad_factors, *grad_output, *grad_gate_up, *grad_down]
     if grad_n is None:
         return None, grad_factors
-    grad_x = block.attention_norm.backward(grad_n, x, scales_x)
-    return grad_x.add_(_put_back(grad_h, pieces)), grad_factors
-
-
-def _attend(piece: Piece, q: Rows, k: Rows, v: Rows) -> tuple[Rows, Attended]:
-    """The attention of one piece, from its projections to what the output layer reads."""
-    queries = take(rotate(piece.heads(q), piece.angles), piece.wanted)
-    keys = rotate(piece.heads(k), piece.angles)
-    heads, attended = attend(queries, keys, piece.heads(v).contiguous(), piece.seen())
-    return _rows_of_heads(heads), attended
-
-
-def _attend_backward(piece: Piece, g: Rows, attended: Attended) -> tuple[Rows, Rows, Rows]:
-    """The gradients of the piece's q, k and v."""
-    grad_q, grad_k, grad_v = attend_backward(piece.heads(g), attended)
-    grad_q = rotate_back(put(grad_q, piece.wanted, grad_k.shape[2]), piece.angles)
-    grad_k = rotate_back(grad_k, piece.angles)
-    return _rows_of_heads(grad_q), _rows_of_heads(grad_k), _rows_of_heads(grad_v)
+    beside = _put_back(grad_h, pieces)
+    return block.attention_norm.backward(grad_n, x, scales_x, beside), grad_factors
 
 
 def _of_wanted(block: Block, pieces: Sequence[Piece]) -> Block:
@@ -300,51 +233,6 @@ class BlockStep(torch.autograd.Function):
             g, x, ctx.block, ctx.pieces, factors, kept, wants_input=wants_input
         )
         return grad_x, None, None, *grad_factors
-
-
-def take(values: Tensor, wanted: Positions | None) -> Tensor:
-    """The wanted positions (the last dimension but one) of each row of the batch."""
-    if wanted is None:
-        return values
-    return values.gather(-2, _spread(wanted, values))
-
-
-def put(values: Tensor, wanted: Positions | None, num_tokens: int) -> Tensor:
-    """The transpose of `take`: back to where they came from, zeros elsewhere."""
-    if wanted is None:
-        return values
-    whole = values.new_zeros(*values.shape[:-2], num_tokens, values.shape[-1])
-    return whole.scatter_(-2, _spread(wanted, values), values)
-
-
-def _spread(wanted: Positions, values: Tensor) -> Tensor:
-    """Positions as indices of every number that stands there."""
-    shape = (wanted.shape[0], *(1 for _ in values.shape[1:-2]), wanted.shape[1], 1)
-    return wanted.view(shape).expand(*values.shape[:-2], wanted.shape[1], values.shape[-1])
-
-
-def rotate(heads: Heads, angles: Angles) -> Heads:
-    """Rotary positions (2104.09864): the two halves of a head turn against each other."""
-    half = heads.shape[-1] // 2
-    cos, sin = angles.cos[:, None], angles.sin[:, None]
-    turned = heads * cos
-    turned[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(heads[..., :half], sin[..., half:])
-    return turned
-
-
-def rotate_back(g: Heads, angles: Angles) -> Heads:
-    """The transpose of `rotate`."""
-    half = g.shape[-1] // 2
-    cos, sin = angles.cos[:, None], angles.sin[:, None]
-    turned = g * cos
-    turned[..., :half].addcmul_(g[..., half:], sin[..., half:])
-    turned[..., half:].addcmul_(g[..., :half], sin[..., :half], value=-1)
-    return turned
-
-
-def _rows_of_heads(heads: Heads) -> Rows:
-    return _rows(heads.transpose(1, 2).flatten(2))
 
 
 def _rows(x: Float[Tensor, "batch _ _"]) -> Rows:

@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loralab.adapters import EVERY_ROW, member_in_force
-from loralab.fusion.block import Block, BlockStep, Piece, Positions
+from loralab.fusion.block import Block, BlockStep
 from loralab.fusion.pattern import Matched, read_call
+from loralab.fusion.pieces import Piece, Positions
 from loralab.fusion.watching import own_modules
 
 

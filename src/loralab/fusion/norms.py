@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loralab.fusion.proof import agrees
+from loralab.native import training as native
 
 
 @runtime_checkable
@@ -21,9 +22,13 @@ class Norm(Protocol):
         ...
 
     def backward(
-        self, g: Float[Tensor, "rows width"], x: Float[Tensor, "rows width"], kept: Tensor | None
+        self,
+        g: Float[Tensor, "rows width"],
+        x: Float[Tensor, "rows width"],
+        kept: Tensor | None,
+        beside: Float[Tensor, "rows width"],
     ) -> Float[Tensor, "rows width"]:
-        """The gradient of `x` for the gradient `g` of the normed rows."""
+        """The gradient of `x` for the gradient `g` of the normed rows, plus `beside`."""
         ...
 
 
@@ -37,6 +42,8 @@ class RMSNorm:
     def forward(
         self, x: Float[Tensor, "rows width"]
     ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows 1"]]:
+        if native.covers(x, self.gain):
+            return native.norm(x, self.gain, self.epsilon)
         width = x.shape[-1]
         power = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x)).square_()
         inverse = power.div_(width).add_(self.epsilon).rsqrt_()
@@ -47,12 +54,15 @@ class RMSNorm:
         g: Float[Tensor, "rows width"],
         x: Float[Tensor, "rows width"],
         kept: Float[Tensor, "rows 1"] | None,
+        beside: Float[Tensor, "rows width"],
     ) -> Float[Tensor, "rows width"]:
         assert kept is not None
+        if native.covers(x, g, beside, self.gain):
+            return native.norm_backward(g, x, kept, self.gain, beside)
         scaled = (g * self.gain).to(kept.dtype)
         normed = x.to(kept.dtype) * kept
         along = (scaled * normed).mean(-1, keepdim=True)
-        return scaled.addcmul_(normed, along, value=-1).mul_(kept).to(x.dtype)
+        return scaled.addcmul_(normed, along, value=-1).mul_(kept).to(x.dtype).add_(beside)
 
 
 @dataclass(frozen=True)
@@ -65,11 +75,15 @@ class OtherNorm:
         return self.module(x), None
 
     def backward(
-        self, g: Float[Tensor, "rows width"], x: Float[Tensor, "rows width"], kept: Tensor | None
+        self,
+        g: Float[Tensor, "rows width"],
+        x: Float[Tensor, "rows width"],
+        kept: Tensor | None,
+        beside: Float[Tensor, "rows width"],
     ) -> Float[Tensor, "rows width"]:
         with torch.enable_grad():
             again = x.detach().requires_grad_()
-            return torch.autograd.grad(self.module(again), again, g)[0]
+            return torch.autograd.grad(self.module(again), again, g)[0].add_(beside)
 
 
 def norm_of(module: nn.Module, x: Float[Tensor, "rows width"]) -> Norm:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from loralab.adapters import Member, base_member, share
 from loralab.errors import ModelError
 from loralab.fusion.attention import Mask
-from loralab.fusion.block import Angles, Block, Piece, Positions, block_forward
+from loralab.fusion.block import Block, block_forward
+from loralab.fusion.gates import Gate, gate_of
 from loralab.fusion.norms import Norm, norm_of
+from loralab.fusion.pieces import Angles, Piece, Positions
 from loralab.fusion.proof import agrees
 from loralab.fusion.watching import Leaf, Seen, own_modules, watch
 from loralab.models import blocks, evaluating
@@ -44,6 +46,7 @@ class Matched:
     module: nn.Module
     parts: Parts
     norms: tuple[Norm, Norm]
+    gate: Gate
     is_last: bool  # of the model's blocks, all of which match
 
     def block(self, members: Sequence[Sequence[Member]]) -> tuple[Block, list[Tensor]] | None:
@@ -62,7 +65,7 @@ class Matched:
             mlp_norm=self.norms[1],
             gate_up=of_gate_up,
             down=of_down,
-            activation=self.parts.activation,
+            gate=self.gate,
         )
         return block, [factor for _, factors in shared for factor in factors]
 
@@ -130,7 +133,7 @@ def _match(layer: nn.Module, seen: Sequence[Seen]) -> Matched | None:
         return None
     rows = calls[0].x.flatten(0, 1)
     norms = norm_of(parts.attention_norm, rows), norm_of(parts.mlp_norm, rows)
-    found = Matched(layer, parts, norms, is_last=False)
+    found = Matched(layer, parts, norms, gate_of(parts.activation), is_last=False)
     built = found.block(members)
     if built is None:
         return None

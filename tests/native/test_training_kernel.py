@@ -1,0 +1,194 @@
+"""Law: each call of the training kernel gives what torch gives, in every build of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from loralab.native import load_kernel, training as native
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # relative, of 2-norms
+
+pytestmark = pytest.mark.skipif(
+    load_kernel(native.KERNEL) is None, reason="no C++ compiler makes the kernel here"
+)
+
+
+@pytest.fixture(params=["as it is built", "wide vectors"], autouse=True)
+def build_of_kernel(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel as this processor gets it, and with the vectors of processors with AVX-512."""
+    if request.param == "wide vectors":
+        flags = (*native.KERNEL.flags, "-DLORALAB_WIDE")
+        wide = native.Kernel("training", Path(native.__file__).with_name("kernel"), flags)
+        monkeypatch.setattr(native, "KERNEL", wide)
+
+
+@pytest.fixture(params=[1, 3], autouse=True)
+def threads(request: Any) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_near(got: Tensor, wanted: Tensor) -> None:
+    error = (got.double() - wanted.double()).norm() / wanted.double().norm()
+    assert error < TOLERANCE[got.dtype], float(error)
+
+
+def doubles(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "ranks", "outs"), [(101, [5, 16, 33], [48, 96, 16]), (7, [1], [32])]
+)
+def test_low_rank_pairs(
+    dtype: torch.dtype, dropped: bool, rows: int, ranks: list[int], outs: list[int]
+) -> None:
+    torch.manual_seed(0)
+    x, scale, width = torch.randn(rows, 64).to(dtype), 0.5, 64
+    As = [torch.randn(rank, width) for rank in ranks]
+    Bs = [torch.randn(out, rank) for out, rank in zip(outs, ranks, strict=True)]
+    outputs = [torch.randn(rows, out).to(dtype) for out in outs]
+    gradients = [torch.randn(rows, out).to(dtype) for out in outs]
+    flips, places = (torch.rand(900) > 0.3).to(torch.uint8), torch.randint(800, (rows,))
+    kept = (
+        flips.unfold(0, width, 1)[places].double() if dropped else torch.ones(rows, width).double()
+    )
+    mask = native.Mask(flips, places) if dropped else None
+
+    x_, *factors = doubles(x, *As, *Bs)
+    As_, Bs_ = factors[: len(As)], factors[len(As) :]
+    added = [scale * (kept * x_) @ A.mT @ B.mT for A, B in zip(As_, Bs_, strict=True)]
+    wanted = [y.double() + more.detach() for y, more in zip(outputs, added, strict=True)]
+    torch.autograd.backward(added, [g.double() for g in gradients])
+
+    pairs = [native.Pair(B, scale, y) for B, y in zip(Bs, outputs, strict=True)]
+    assert native.covers_pairs(x, As, pairs)
+    native.add_pairs(x, As, pairs, mask)
+    for y, right in zip(outputs, wanted, strict=True):
+        assert_near(y, right)
+    pairs = [native.Pair(B, scale, g) for B, g in zip(Bs, gradients, strict=True)]
+    grad_x = torch.full_like(x, torch.nan)
+    grad_As, grad_Bs = native.pairs_backward(x, As, pairs, mask, grad_x)
+    for got, leaf in zip([grad_x, *grad_As, *grad_Bs], [x_, *As_, *Bs_], strict=True):
+        assert leaf.grad is not None
+        assert_near(got, leaf.grad)
+    unwanted = native.pairs_backward(x, As, pairs, mask, None)
+    assert all(torch.equal(a, b) for a, b in zip(unwanted[0], grad_As, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, gain, g, beside = (
+        torch.randn(shape).to(dtype) for shape in [(37, 96), 96, (37, 96), (37, 96)]
+    )
+    (x_,) = doubles(x)
+    wanted = F.rms_norm(x_, (96,), gain.double(), 1e-5)
+    wanted.backward(g.double())
+    n, inverse = native.norm(x, gain, 1e-5)
+    assert_near(n, wanted)
+    assert x_.grad is not None
+    assert_near(native.norm_backward(g, x, inverse, gain, beside), x_.grad + beside.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", native.ACTIVATIONS)
+def test_gates(dtype: torch.dtype, name: str) -> None:
+    torch.manual_seed(0)
+    gate, up, g = (torch.randn(19, 48).mul(scale).to(dtype) for scale in (4, 1, 1))
+    gate[0, :4] = torch.tensor([-200.0, 200.0, -30.0, 0.0])
+    gate_, up_ = doubles(gate, up)
+    known = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    }
+    wanted = known[name](gate_) * up_
+    wanted.backward(g.double())
+    number = native.ACTIVATIONS.index(name)
+    assert_near(native.gated(gate, up, number), wanted)
+    for got, leaf in zip(native.gated_backward(g, gate, up, number), (gate_, up_), strict=True):
+        assert leaf.grad is not None
+        assert_near(got, leaf.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["causal", "allowed", "added"])
+@pytest.mark.parametrize("wanted", [None, [[3, 20], [5, 0], [7, 8]]], ids=["all", "some"])
+@pytest.mark.parametrize("num_angles", [1, 3])
+def test_attention(dtype: torch.dtype, kind: str, wanted: Any, num_angles: int) -> None:
+    torch.manual_seed(0)
+    batch, tokens, heads, groups, size = 3, 21, 4, 2, 32
+    q, k, v = (torch.randn(batch * tokens, n * size).to(dtype) for n in (heads, groups, groups))
+    angle = torch.rand(num_angles, tokens, size // 2).mul(6).repeat(1, 1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    allowed = torch.ones(tokens, tokens, dtype=torch.bool).tril().repeat(batch, 1, 1, 1)
+    if kind != "causal":
+        allowed[1, :, :, :4] = False  # a row that is padded on the left
+        allowed[1, :, :4, 0] = True
+    added = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(dtype).min).to(dtype)
+    mask = {"causal": None, "allowed": allowed, "added": added}[kind]
+    positions = None if wanted is None else torch.tensor(wanted)
+
+    q_, k_, v_ = leaves = doubles(q, k, v)
+    turned = [_turned(_heads(x, batch, size), cos.double(), sin.double()) for x in (q_, k_)]
+    out = F.scaled_dot_product_attention(
+        *turned, _heads(v_, batch, size), attn_mask=allowed, enable_gqa=True
+    )
+    if positions is not None:
+        out = out.gather(2, positions[:, None, :, None].expand(batch, heads, -1, size))
+    right = out.transpose(1, 2).flatten(2).flatten(0, 1)
+    g = torch.randn(right.shape).to(dtype)
+    right.backward(g.double())
+
+    attention = native.Attention(q, k, v, cos, sin, mask, positions)
+    assert attention.is_covered()
+    assert_near(attention.forward(), right)
+    for got, leaf in zip(attention.backward(g), leaves, strict=True):
+        assert leaf.grad is not None
+        assert_near(got, leaf.grad)
+
+
+def _heads(rows: Tensor, batch: int, size: int) -> Tensor:
+    return rows.view(batch, -1, rows.shape[1] // size, size).transpose(1, 2)
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = heads.chunk(2, dim=-1)
+    return heads * cos[:, None] + torch.cat([-high, low], dim=-1) * sin[:, None]
+
+
+def test_what_is_no_number_stays_none() -> None:
+    x = torch.ones(4, 32)
+    x[2, 5] = torch.nan
+    n, _ = native.norm(x, torch.ones(32), 1e-6)
+    assert n.isnan().all(dim=1).tolist() == [False, False, True, False]
+    gated = native.gated(x, torch.ones(4, 32), 0)
+    assert gated.isnan().nonzero().tolist() == [[2, 5]]
+
+
+def test_what_it_does_not_cover() -> None:
+    rows = torch.ones(4, 32)
+    assert native.covers(rows)
+    for other in (rows.double(), rows[:, :24], rows.mT, rows.to("meta"), torch.ones(4, 30)):
+        assert not native.covers(other)
+
+
+def test_plans_see_its_outputs_and_call_nothing() -> None:
+    with FakeTensorMode():
+        x = torch.ones(4, 32)
+        assert native.covers(x)
+        n, inverse = native.norm(x, torch.ones(32), 1e-6)
+    assert n.shape == x.shape
+    assert inverse.shape == (4, 1)
