@@ -317,3 +317,34 @@ def test_settings_that_are_damaged_are_a_fault(tmp_path):
     save_file(tensors, file, metadata={"lora_adapter_metadata": told})
     with pytest.raises(AdapterError, match="lora_adapter_metadata"):
         read_image_adapter(file, unet())
+
+
+def test_settings_of_a_pipelines_file_hold_for_its_unet_alone(tmp_path):
+    """The scale is told under the part's name, whether the model given is the part or the whole."""
+    file = tmp_path / "told.safetensors"
+    tensors = {
+        "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1),
+    }
+    save_file(tensors, file, metadata={"lora_adapter_metadata": '{"unet.lora_alpha": 7}'})
+    assert read_image_adapter(file, unet()).scale("conv_in") == 3.5
+    whole = nn.ModuleDict({"unet": unet()})
+    assert read_image_adapter(file, whole).scale("unet.conv_in") == 3.5
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("lora_up", torch.full((8, 2, 1, 1), torch.nan), r"lora_up\.weight holds NaN or Inf"),
+        ("lora_down", torch.ones(1, 4, 3, 3), "its down has rank 1, its up 2"),
+        ("lora_down", torch.tensor(1.0), r"down \(\) and up \(8, 2, 1, 1\) are no pair"),
+        ("lora_up", torch.ones(8, 2, 1, 1).to(torch.int8), "its type is torch.int8"),
+        ("alpha", torch.tensor(0.0), "its alpha is 0.0, not one number above 0"),
+    ],
+)
+def test_damaged_tensors_are_named(tmp_path, part, value, said):
+    tensors = kohya_keys(unet(), {"conv_in": ["conv_in"]})
+    name = next(key for key in tensors if part in key)
+    save_file(tensors | {name: value}, tmp_path / "bad.safetensors")
+    with pytest.raises(AdapterError, match=said):
+        read_image_adapter(tmp_path / "bad.safetensors", unet())

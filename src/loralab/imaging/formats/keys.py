@@ -7,7 +7,7 @@ from typing import Literal
 from loralab.imaging.formats.names import COMPONENTS
 
 Part = Literal["down", "up", "mid", "alpha"]
-KOHYA, DIFFUSERS, OLDER = "kohya-ss", "diffusers", "diffusers before PEFT"
+KOHYA, DIFFUSERS = "kohya-ss", "diffusers"
 
 # ending -> (whose, which tensor); the longest that fits decides
 ENDINGS: dict[str, tuple[str, Part]] = {
@@ -18,12 +18,13 @@ ENDINGS: dict[str, tuple[str, Part]] = {
     ".lora_B.weight": (DIFFUSERS, "up"),
     ".lora_A.default.weight": (DIFFUSERS, "down"),
     ".lora_B.default.weight": (DIFFUSERS, "up"),
-    ".lora_linear_layer.down.weight": (OLDER, "down"),
-    ".lora_linear_layer.up.weight": (OLDER, "up"),
-    ".lora.down.weight": (OLDER, "down"),
-    ".lora.up.weight": (OLDER, "up"),
-    "_lora.down.weight": (OLDER, "down"),
-    "_lora.up.weight": (OLDER, "up"),
+    # before PEFT; diffusers' training scripts still write these for text encoders beside the others
+    ".lora_linear_layer.down.weight": (DIFFUSERS, "down"),
+    ".lora_linear_layer.up.weight": (DIFFUSERS, "up"),
+    ".lora.down.weight": (DIFFUSERS, "down"),
+    ".lora.up.weight": (DIFFUSERS, "up"),
+    "_lora.down.weight": (DIFFUSERS, "down"),
+    "_lora.up.weight": (DIFFUSERS, "up"),
 }
 # prefixes of kohya-ss -> the parts of a pipeline that they may mean, the first that there is
 KOHYA_PARTS = {

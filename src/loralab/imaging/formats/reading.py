@@ -18,12 +18,11 @@ from loralab.adapters.weights_file import read
 from loralab.errors import AdapterError, ConfigError
 from loralab.imaging.formats.keys import KOHYA, Key, Part, parse
 from loralab.imaging.formats.layouts import Piece
-from loralab.imaging.formats.names import Component, components_of
+from loralab.imaging.formats.names import Component, components_of, listed
 
 log = logging.getLogger("loralab")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 METADATA = "lora_adapter_metadata"
-MAX_NAMED = 20
 
 
 def read_image_adapter(path: str | Path, model: nn.Module) -> Adapter:
@@ -52,7 +51,7 @@ def read_image_adapter(path: str | Path, model: nn.Module) -> Adapter:
         raise AdapterError(
             f"{path} cannot be read: {error}", "copy or download the file again."
         ) from None
-    faults: list[str] = []
+    faults = [f"{name} holds NaN or Inf" for name in weights.not_finite()]
     entries = _sort(weights.tensors, components_of(model), faults)
     _add_alphas(entries, weights.metadata, faults)
     pairs: dict[str, _Layer] = {}
@@ -102,9 +101,8 @@ def _check_kind(path: Path) -> None:
 
 def _refuse(path: Path, faults: Sequence[str]) -> None:
     if faults:
-        more = f"; and {len(faults) - MAX_NAMED} more" if len(faults) > MAX_NAMED else ""
         raise AdapterError(
-            f"{path} does not fit the model: {'; '.join(faults[:MAX_NAMED])}{more}",
+            f"{path} does not fit the model: {listed(faults)}",
             "take the adapter of this base (or the base of this adapter); "
             "a damaged file must be saved again.",
         )
@@ -183,13 +181,14 @@ def _add_alphas(
     told = _settings(metadata, faults)
     for name, entry in entries.items():
         alpha = entry.tensors.get("alpha")
-        rank = entry.tensors["down"].shape[0] if "down" in entry.tensors else 1
+        down = entry.tensors.get("down")
+        rank = 1 if down is None or not down.ndim else down.shape[0]
         if alpha is not None:
             entry.alpha = float(alpha) if alpha.numel() == 1 else math.nan
             if not math.isfinite(entry.alpha) or entry.alpha <= 0:
                 faults.append(f"{name}: its alpha is {alpha.tolist()}, not one number above 0")
         else:
-            config = told.get(entry.component.path) or told.get("")
+            config = told.get(entry.component.kind) or told.get("")
             module = entry.pieces[0].module
             entry.alpha = rank if config is None else config.scale_at(module, rank) * rank
 
@@ -204,7 +203,8 @@ def _settings(metadata: Mapping[str, str], faults: list[str]) -> dict[str, LoRAC
         parts |= {""} if "lora_alpha" in raw else set()
         return {part: _config(raw, f"{part}." if part else "", faults) for part in sorted(parts)}
     except (ValueError, TypeError, AttributeError, ConfigError, RecursionError) as error:
-        faults.append(f"its {METADATA} cannot be read ({error})")
+        said = error.cause if isinstance(error, ConfigError) else error
+        faults.append(f"its {METADATA} cannot be read ({said})")
         return {}
 
 
@@ -235,9 +235,12 @@ def _layers(name: str, entry: _Entry, faults: list[str]) -> list[_Layer]:
     if not rank or down.ndim < 2 or up.ndim < 2 or any(size != 1 for size in up.shape[2:]):
         faults.append(f"{name}: down {tuple(down.shape)} and up {tuple(up.shape)} are no pair")
         return []
+    if up.shape[1] != down.shape[0]:
+        faults.append(f"{name}: its down has rank {down.shape[0]}, its up {up.shape[1]}")
+        return []
     modules = [entry.component.modules[piece.module] for piece in entry.pieces]
     sizes = [_weight_shape(module)[0] for module in modules]
-    if tuple(up.shape[:2]) != (sum(sizes), down.shape[0]) or not _kernel_fits(modules[0], down):
+    if up.shape[0] != sum(sizes) or not _kernel_fits(modules[0], down):
         weight = (sum(sizes), *_weight_shape(modules[0])[1:])
         faults.append(
             f"{name}: down {tuple(down.shape)} and up {tuple(up.shape)}, "

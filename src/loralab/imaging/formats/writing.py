@@ -9,7 +9,7 @@ from torch import Tensor, tensor
 from loralab.adapters import Adapter
 from loralab.errors import AdapterError
 from loralab.files import cannot_write, replacing
-from loralab.imaging.formats.names import COMPONENTS, DENOISERS, kind_of
+from loralab.imaging.formats.names import COMPONENTS, DENOISERS, kind_of, listed
 
 FORMATS = ("diffusers", "kohya")
 
@@ -75,7 +75,7 @@ def _check(adapter: Adapter, path: Path, layout: str) -> None:
         faults.append("kohya-ss files of SD3 and Flux have q, k and v in one layer")
     if faults:
         raise AdapterError(
-            f"no LoRA file of this layout can hold the adapter: {'; '.join(faults)}",
+            f"no LoRA file of this layout can hold the adapter: {listed(faults)}",
             "write it with `loralab.save_adapter` (PEFT's format), or mend what is named.",
         )
 
