@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any, no_type_check
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loralab.adapters.noise import Places, draw_places, mask_at, stream_of, table
-from loralab.native import training as native
+from loralab.native import products, training as native
 from loralab.native.training import Pair
 
 EVERY_ROW = slice(None)
@@ -96,7 +95,7 @@ def project(
 
     factors: `A, B` of each pair, in the layers' order, part after part. places: of the mask m.
     """
-    outputs = [F.linear(x, w, b) for w, b in zip(shared.weights, shared.biases, strict=True)]
+    outputs = products.linear(x, shared.weights, shared.biases)
     for part, own in shared.split(factors):
         own_x, As = x[part.rows], own[::2]
         pairs = _pairs(outputs, part, own)
@@ -141,8 +140,7 @@ def project_backward(
         for grads, master in zip(zip(grad_As, grad_Bs, strict=True), own[::2], strict=True):
             grad_factors += [grad.to(master.dtype) for grad in grads]
     if wants_input:
-        for g, weight in zip(gradients, shared.weights, strict=True):
-            grad_x = g @ weight if grad_x is None else grad_x.addmm_(g, weight)
+        grad_x = products.linear_backward(gradients, shared.weights, grad_x)
     return grad_x, grad_factors
 
 

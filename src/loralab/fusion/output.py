@@ -18,6 +18,7 @@ from loralab.adapters import base_member
 from loralab.fusion.proof import agrees
 from loralab.fusion.watching import run_few_tokens
 from loralab.models import evaluating
+from loralab.native import products
 
 CHUNK_NUMBERS = 1 << 23
 """Logits made at once: 32 MiB of fp32."""
@@ -82,13 +83,13 @@ class _TokenNLL(torch.autograd.Function):
         size = max(1, CHUNK_NUMBERS // weight.shape[0])
         chunks = zip(hidden.split(size), targets.split(size), gradient.split(size), strict=True)
         for states, wanted, place in chunks:
-            logits = F.linear(states, weight, bias).float()
+            logits = products.linear(states, [weight], [bias])[0].float()
             log_total = logits.logsumexp(-1, keepdim=True)
             own = logits.gather(-1, wanted[:, None])
             total += (log_total - own).sum()
             probabilities = logits.sub_(log_total).exp_()
             probabilities.scatter_add_(-1, wanted[:, None], -torch.ones_like(own))
-            torch.mm(probabilities.to(hidden.dtype), weight, out=place)
+            place.copy_(products.linear_backward([probabilities.to(hidden.dtype)], [weight], None))
         ctx.save_for_backward(gradient)
         return total
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +14,7 @@ from loralab.config import RunConfig
 from loralab.data import Dataset, Encoded, encode, encoding_facts, load_dataset
 from loralab.events import Listener, Note, Phase
 from loralab.models import choose_dtype, load_model, load_tokenizer
+from loralab.native import products
 from loralab.training import (
     PrefixStore,
     Trainable,
@@ -76,7 +78,9 @@ def open_workbench(config: RunConfig, listen: Listener) -> Workbench:
     Raises `DataError`, `FetchError` or `ModelError`; nothing is written but the cache.
     """
     listen(Phase(f"reading {config.data.name or config.data.train}", None, "rows"))
-    dataset = load_dataset(config.data, task=config.model.text_task, num_labels=config.model.num_labels)
+    dataset = load_dataset(
+        config.data, task=config.model.text_task, num_labels=config.model.num_labels
+    )
     tokenizer = load_tokenizer(config.model.name)
     bench = Workbench(config, dataset, tokenizer)
     counts = ", ".join(f"{len(bench.rows[split])} {split}" for split in SPLITS)
@@ -90,10 +94,23 @@ def settle_dtype(config: RunConfig, listen: Listener) -> RunConfig:
     So a run's `config.toml` holds the choice, and resuming does not measure again.
     """
     if config.model.dtype != "auto":
+        _say_if_slow(config, listen)
         return config
     chosen = choose_dtype(choose_device(config.training.device).type)
     listen(Note(f"model.dtype is {chosen} here"))
     return config.replace(model__dtype=chosen.dtype)
+
+
+def _say_if_slow(config: RunConfig, listen: Listener) -> None:
+    """A note where the processor has no instructions for the dtype that was asked for."""
+    dtype = getattr(torch, config.model.dtype)
+    if products.are_widened(dtype, choose_device(config.training.device)):
+        listen(
+            Note(
+                f"this processor has no instructions for {config.model.dtype}: training multiplies "
+                'in float32 all the same; model.dtype = "float32" is faster, above all to evaluate'
+            )
+        )
 
 
 def settle_compile(
