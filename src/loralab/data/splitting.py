@@ -11,11 +11,14 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
-from loralab.data.examples import Encoded, Example
+from loralab.data.examples import Example, Row
 
 SPLITS = ("train", "validation", "test")
 SHARES: Mapping[str, float] = {"train": 0.7, "validation": 0.1, "test": 0.2}
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 _SPACES = re.compile(r"\s+")
 
@@ -92,7 +95,7 @@ def cap(examples: Sequence[Example], num_rows: int | None) -> list[Example]:
     return [examples[index] for index in sorted(chosen)]
 
 
-def sample(rows: Sequence[Encoded], count: int, purpose: str) -> list[Encoded]:
+def sample(rows: Sequence[AnyRow], count: int, purpose: str) -> list[AnyRow]:
     """At most `count` rows, chosen and ordered by the hash of their names."""
     shares = [hash_share(row.id, purpose) for row in rows]
     chosen = sorted(range(len(rows)), key=lambda index: (shares[index], index))

@@ -10,7 +10,7 @@ from loralab.imaging.denoiser import (
 )
 from loralab.imaging.denoising import Denoising, DenoisingTask
 from loralab.imaging.digits import Digits, ImageRow, load_digits, stack
-from loralab.imaging.grid import write_grid
+from loralab.imaging.grid import Sheet, Strip, write_grid
 from loralab.imaging.judging import (
     LOOKS,
     FrechetDistance,
@@ -18,7 +18,9 @@ from loralab.imaging.judging import (
     Judges,
     base_is_no_style,
     digit_accuracy,
+    digits_seen,
     frechet_distance,
+    looks_seen,
     style_accuracy,
     style_shares,
     train_judges,
@@ -41,14 +43,18 @@ __all__ = [
     "ImageRow",
     "Judge",
     "Judges",
+    "Sheet",
+    "Strip",
     "base_is_no_style",
     "build_denoiser",
     "digit_accuracy",
     "digits_base",
+    "digits_seen",
     "frechet_distance",
     "is_trained",
     "load_denoiser",
     "load_digits",
+    "looks_seen",
     "sample_images",
     "save_denoiser",
     "stack",

@@ -1,7 +1,10 @@
-"""Images side by side in one PNG, with names at the rows and columns."""
+"""Images side by side: sheets of named strips, for a page or as one PNG."""
 
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,6 +14,34 @@ from loralab.errors import ModelError
 from loralab.files import replacing
 
 _GAP, _LABEL_HEIGHT, _LABEL_WIDTH = 2, 14, 72
+
+
+@dataclass(frozen=True, eq=False)
+class Strip:
+    """Images in a row; grey or RGB, in [-1, 1]. detail: stands smaller below the label."""
+
+    label: str
+    images: Float[Tensor, "count channels height width"]
+    detail: str = ""
+
+    def png(self) -> bytes:
+        """The images beside each other, at their own size. Raises `ModelError` without pillow."""
+        pillow = _pillow()
+        gap = self.images.new_full((*self.images.shape[1:3], _GAP), 1.0)
+        parts = [part for image in self.images for part in (image, gap)]
+        data = io.BytesIO()
+        pillow.Image.fromarray(_pixels(torch.cat(parts[:-1], -1), 1)).save(data, "PNG")
+        return data.getvalue()
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Strips below each other, with the columns' names."""
+
+    title: str
+    caption: str
+    columns: Sequence[str]
+    strips: Sequence[Strip]
 
 
 def write_grid(
@@ -25,27 +56,33 @@ def write_grid(
 
     Raises `ModelError` without pillow, `OutputError` where `path` cannot be written.
     """
-    try:
-        from PIL import Image, ImageDraw
-    except ImportError as error:
-        raise ModelError(
-            "PNG files are written with pillow, which is not installed",
-            "install it: pip install 'loralab[images]'.",
-        ) from error
+    pillow = _pillow()
     height, width = (side * zoom + _GAP for side in cells[0][0].shape[-2:])
     top = _LABEL_HEIGHT if column_names else 0
     size = (_LABEL_WIDTH + width * max(map(len, cells)), top + height * len(cells))
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
+    sheet = pillow.Image.new("RGB", size, "white")
+    draw = pillow.ImageDraw.Draw(sheet)
     for column, name in enumerate(column_names):
         draw.text((_LABEL_WIDTH + column * width + 2, 1), name, fill="black")
     for row, (name, images) in enumerate(zip(row_names, cells, strict=True)):
         draw.text((2, top + row * height + height // 2 - 6), name, fill="black")
         for column, image in enumerate(images):
             place = (_LABEL_WIDTH + column * width, top + row * height)
-            sheet.paste(Image.fromarray(_pixels(image, zoom)), place)
+            sheet.paste(pillow.Image.fromarray(_pixels(image, zoom)), place)
     with replacing(path) as aside:
         sheet.save(aside, format="PNG")
+
+
+def _pillow() -> Any:
+    try:
+        import PIL.Image
+        import PIL.ImageDraw
+    except ImportError as error:
+        raise ModelError(
+            "PNG files are written with pillow, which is not installed",
+            "install it: pip install 'loralab[images]'.",
+        ) from error
+    return PIL
 
 
 def _pixels(image: Float[Tensor, "channels height width"], zoom: int):

@@ -90,6 +90,16 @@ def digit_accuracy(judges: Judges, images: Images, labels: Sequence[int]) -> flo
     return _accuracy(judges.digit, images, torch.tensor(labels))
 
 
+def looks_seen(judges: Judges, images: Images) -> list[str]:
+    """What the style judge takes each image for: one of `LOOKS`."""
+    return [LOOKS[index] for index in _logits(judges.style, images).argmax(-1).tolist()]
+
+
+def digits_seen(judges: Judges, images: Images) -> list[int]:
+    """The digit that the digit judge sees in each image."""
+    return _logits(judges.digit, images).argmax(-1).tolist()
+
+
 def style_shares(judges: Judges, images: Images) -> dict[str, float]:
     """The style judge's mean probability of each look."""
     means = _logits(judges.style, images).softmax(-1).mean(0).tolist()

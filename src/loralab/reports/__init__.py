@@ -12,6 +12,7 @@ from loralab.reports import formats
 from loralab.reports.comparison import comparison_page
 from loralab.reports.explain import write_explanation
 from loralab.reports.forgetting import forgetting_page
+from loralab.reports.images import image_page
 from loralab.reports.page import write_page
 from loralab.reports.plan import plan_page
 from loralab.reports.rank import rank_page
@@ -23,6 +24,7 @@ __all__ = [
     "write_comparison_report",
     "write_explanation",
     "write_forgetting_report",
+    "write_image_report",
     "write_plan_report",
     "write_rank_report",
     "write_run_report",
@@ -65,6 +67,19 @@ def write_run_report(run: Mapping[str, Any], path: str | Path) -> None:
     Raises `OutputError` where the file cannot be written.
     """
     write_page(run_page(run), path)
+
+
+def write_image_report(run: Mapping[str, Any], path: str | Path) -> None:
+    """Write the report of a run of an image model to `path`, whole or not at all.
+
+    Keys of `run`, each optional: those of `write_run_report` but for what only text has, and
+    - `adapters` (names), `train`: {adapter: [[step, loss], ...]}
+    - `sheets`: [{"title", "caption", "columns", "strips": [{"label", "detail", "png" (base64)}]}]
+    - `judged`: what `evaluation/images.json` holds
+
+    Raises `OutputError` where the file cannot be written.
+    """
+    write_page(image_page(run), path)
 
 
 def write_xray_report(document: Mapping[str, Any], path: str | Path) -> None:

@@ -158,7 +158,28 @@ class Commands:
     rows: tuple[tuple[str, str], ...]
 
 
-Block = Table | TableGrid | FigureGrid | Facts | Quotes | Notes | Commands
+@dataclass(frozen=True)
+class Strip:
+    """Pictures in a row as one image: `source` is its data URI, `alternative` says it in words."""
+
+    label: str
+    detail: str
+    source: str
+    alternative: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Strips below each other, whose pictures stand in columns of these names."""
+
+    kind: ClassVar[str] = "gallery"
+    heading: str
+    caption: str
+    columns: tuple[str, ...]
+    strips: tuple[Strip, ...]
+
+
+Block = Table | TableGrid | FigureGrid | Facts | Quotes | Notes | Commands | Gallery
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ def run_page(run: Row) -> Page:
         _result_section(run),
         _curve_section(run),
         _class_section(run),
-        _finding_section(run),
-        _cost_section(run),
-        _command_section(run),
-        _file_section(run),
+        finding_section(run),
+        cost_section(run),
+        command_section(run),
+        file_section(run),
         data_section(run),
         settings_section(run),
     ]
@@ -52,7 +52,7 @@ def run_page(run: Row) -> Page:
         kicker=f"Training run · {run['run']}" if run.get("run") else "Training run",
         headline=_headline(run, method, model, data),
         status=str(run.get("summary") or ""),
-        facts=_headline_facts(run),
+        facts=headline_facts(run),
         sections=tuple(section for section in sections if section is not None),
         footer=" · ".join(f"{k} {v}" for k, v in (run.get("versions") or {}).items()),
     )
@@ -98,7 +98,8 @@ def _evaluations(run: Row) -> dict[str, dict[str, Any]]:
     return evaluations
 
 
-def _headline_facts(run: Row) -> Facts:
+def headline_facts(run: Row) -> Facts:
+    """The few figures below the headline."""
     parameters = run.get("parameters") or {}
     trainable = parameters.get("trainable", run.get("trainable_parameters"))
     total = parameters.get("total", run.get("total_parameters"))
@@ -153,7 +154,7 @@ def _curve_section(run: Row) -> Section | None:
         captions.append(caption)
     if rates:
         legend = tuple(charts.swatches(rates).values())
-        spec, table = _schedule_figure(rates, legend)
+        spec, table = schedule_figure(rates, legend)
         figures.append(Figure("schedule", "Learning rate", spec, legend=legend))
         tables.append(table)
         captions.append("Learning rate of each group of parameters.")
@@ -185,9 +186,10 @@ def _loss_figure(
     return spec, _validation_table(validation, best_step, last), caption
 
 
-def _schedule_figure(
+def schedule_figure(
     rates: Mapping[str, Sequence[Any]], styles: Sequence[Swatch]
 ) -> tuple[charts.Spec, Table]:
+    """Learning rates by group of parameters: a chart and its table."""
     rows = [
         {"group": group, "step": step, "rate": rate}
         for group, line in rates.items()
@@ -240,7 +242,8 @@ def _class_section(run: Row) -> Section | None:
     return Section("classes", "Classes", "Classes", tuple(blocks), lead) if blocks else None
 
 
-def _finding_section(run: Row) -> Section | None:
+def finding_section(run: Row) -> Section | None:
+    """What the doctor found."""
     if run.get("findings") is None:
         return None
     notes = tuple(
@@ -256,7 +259,8 @@ def _finding_section(run: Row) -> Section | None:
     return Section("findings", "The doctor's findings", "Findings", (Notes(notes),))
 
 
-def _cost_section(run: Row) -> Section | None:
+def cost_section(run: Row) -> Section | None:
+    """Parameters, time, memory."""
     tables = [
         facts_table(heading, run[key], counts=key == "parameters")
         for key, heading in (("parameters", "Parameters"), ("timing", "Time and memory"))
@@ -267,14 +271,16 @@ def _cost_section(run: Row) -> Section | None:
     return Section("cost", "Cost", "Cost", (TableGrid(tuple(tables)),))
 
 
-def _command_section(run: Row) -> Section | None:
+def command_section(run: Row) -> Section | None:
+    """What to do with the run."""
     rows = tuple((str(row["purpose"]), str(row["command"])) for row in run.get("commands") or ())
     if not rows:
         return None
     return Section("next", "What to do with it", "Next", (Commands(rows),))
 
 
-def _file_section(run: Row) -> Section | None:
+def file_section(run: Row) -> Section | None:
+    """What lies in its folder."""
     rows = tuple(
         (
             Cell(str(row["path"])),

@@ -1,5 +1,6 @@
 """A finished run as plain data for its report."""
 
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -48,28 +49,30 @@ def run_report(run: Run) -> dict[str, Any]:
             "total": run.manifest["total_parameters"],
             "artifact_bytes": run.manifest["artifact_bytes"],
         },
-        "timing": _timing(run),
+        "timing": timing_of(run),
         "commands": [
             {"purpose": "score other rows", "command": f"loralab evaluate {run.folder} --data ..."},
             {"purpose": "try it", "command": f'loralab generate {run.folder} "..."'},
         ],
-        "files": [
-            {
-                "path": name,
-                "bytes": _size(run, name),
-                "purpose": purpose,
-            }
-            for name, purpose in PURPOSES.items()
-            if (run.folder / name).exists()
-        ],
+        "files": files_of(run, PURPOSES),
         "data": run.manifest["data"],
-        "settings": run.config.model_dump(exclude={"compare"}, exclude_none=True),
+        "settings": {k: v for k, v in run.config.tables().items() if k != "compare"},
         "machine": run.manifest["machine"],
         "versions": run.manifest["versions"],
     }
 
 
-def _timing(run: Run) -> dict[str, float]:
+def files_of(run: Run, purposes: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The files and folders of the run that are there, with their sizes."""
+    return [
+        {"path": name, "bytes": _size(run, name), "purpose": purpose}
+        for name, purpose in purposes.items()
+        if (run.folder / name).exists()
+    ]
+
+
+def timing_of(run: Run) -> dict[str, float]:
+    """Seconds of a step and of all of them."""
     seconds = [row["seconds"] for row in run.rows_of("timing.jsonl") if "seconds" in row]
     return {"step_seconds": median(seconds), "all_steps_seconds": sum(seconds)} if seconds else {}
 

@@ -164,7 +164,9 @@ def _other_rows(run: Run, bench: Workbench, data: str, split: str) -> list[Encod
     places = {"name": data, "train": None, "validation": None, "test": None}
     caps = {"train_rows": None, "validation_rows": None, "test_rows": None}
     other = config.replace(**{f"data__{key}": value for key, value in {**places, **caps}.items()})
-    dataset = load_dataset(other.data, task=config.model.text_task, num_labels=config.model.num_labels)
+    dataset = load_dataset(
+        other.data, task=config.model.text_task, num_labels=config.model.num_labels
+    )
     if dataset.label_names != names:
         raise DataError(
             f"{data} is labelled {', '.join(dataset.label_names)}, the run was trained on "

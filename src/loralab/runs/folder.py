@@ -41,24 +41,33 @@ class Run:
 
     @property
     def artifact(self) -> Path:
-        """The trained adapter's or model's folder. Raises `RunError` where there is none."""
+        """The trained adapter's or model's folder. Raises `RunError` for none, or several."""
+        if self.config.model.task == "image" and self.finished:
+            raise RunError(
+                f"{self.folder} holds several adapters: {', '.join(self.manifest['adapters'])}",
+                f"give one of them: {self.folder / next(iter(self.manifest['adapters']))}.",
+            )
         folder = self.folder / ARTIFACT_OF[self.config.method.kind]
         if folder.is_dir():
             return folder
-        if self.finished:
-            raise RunError(
-                f"{self.folder}: its trained weights were removed after it was evaluated",
-                "train it again in a new folder with the same config.toml.",
-            )
+        self.check_finished()
+        raise RunError(
+            f"{self.folder}: its trained weights were removed after it was evaluated",
+            "train it again in a new folder with the same config.toml.",
+        )
+
+    def check_finished(self) -> None:
+        """Raise `RunError` where the run failed or is not over."""
         if self.failed:
             raise RunError(
                 f"{self.folder}: the run failed: {self.manifest['cause']}",
                 "train it again in a new folder, with a lower learning rate.",
             )
-        raise RunError(
-            f"{self.folder}: the run is not finished",
-            f"continue it with `loralab train --resume {self.folder}`.",
-        )
+        if not self.finished:
+            raise RunError(
+                f"{self.folder}: the run is not finished",
+                f"continue it with `loralab train --resume {self.folder}`.",
+            )
 
     def metrics(self, split: str) -> dict[str, Any]:
         """The stored figures of a split ("validation" or "test")."""
@@ -91,7 +100,7 @@ class Run:
         """What `loralab train --json` prints."""
         evaluations = {
             split: self.metrics(split)
-            for split in ("validation", "test")
+            for split in ("validation", "test", "images")
             if self.has_evaluation(split)
         }
         return {"run": str(self.folder), **self.manifest, "evaluation": evaluations}
@@ -124,6 +133,13 @@ def create_run(folder: Path, config: RunConfig, facts: dict[str, Any]) -> Run:
         (aside / CONFIG).write_text(config.to_toml(), encoding="utf-8")
         write_json(aside / MANIFEST, manifest)
     return Run(folder, config, manifest)
+
+
+def default_folder(config: RunConfig) -> Path:
+    """Where a run goes that was given no place."""
+    data = Path(config.data.name or str(config.data.train)).stem
+    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{data}-{config.method.kind}-{stamp}"
 
 
 def refuse_existing(folder: Path) -> None:

@@ -14,7 +14,8 @@ from loralab.errors import ConfigError, Interrupted
 from loralab.events import Listener, Note, Phase, Progress, ignore
 from loralab.runs.folder import MANIFEST, Run, open_run
 from loralab.runs.sinks import require_sinks
-from loralab.runs.train import HELD_OUT, begin, conclude, event_facts, start_of
+from loralab.runs.telling import event_facts
+from loralab.runs.train import HELD_OUT, begin, conclude, start_of
 from loralab.runs.workbench import (
     Workbench,
     base_model,

@@ -192,7 +192,9 @@ def refine(subject: Subject, adapter: Adapter, steps: int, listen: Listener) -> 
         )
     config = _refining(subject.run.config, adapter, steps)
     bench = open_workbench(config, ignore)
-    trainable = prepare(base_model(config), config.method, config.training, task=config.model.text_task)
+    trainable = prepare(
+        base_model(config), config.method, config.training, task=config.model.text_task
+    )
     _fill(trainable.model, adapter)
     listen(Phase("refining", steps, "steps"))
     with tempfile.TemporaryDirectory(prefix="loralab-refine-") as folder:

@@ -138,10 +138,11 @@ def _sum(rows: list[dict[str, Any]], key: str) -> int | None:
 def run_lines(run: Run) -> str:
     """A finished run in a few lines: figures, files, what to do next."""
     manifest = run.manifest
+    best = f"; best at step {manifest['best']['step']}" if "best" in manifest else ""
     lines = [
         f"{run.config.method.kind}: {formats.count(manifest['trainable_parameters'])} of "
         f"{formats.count(manifest['total_parameters'])} parameters trained in "
-        f"{manifest['steps_done']} steps; best at step {manifest['best']['step']}",
+        f"{manifest['steps_done']} steps{best}",
     ]
     for split in manifest["splits"]:
         shown = ", ".join(
@@ -149,11 +150,17 @@ def run_lines(run: Run) -> str:
             for name, figure in list(figures(run.metrics(split)["metrics"]).items())[:3]
         )
         lines.append(f"{split}: {shown}")
-    lines += [
-        f"{run.artifact}  {formats.data_size(manifest['artifact_bytes'])}",
-        f"{run.folder / 'report.html'}",
-        f'Next: loralab evaluate {run.folder} --data ... or loralab generate {run.folder} "..."',
-    ]
+    if "adapters" in manifest:
+        lines += [
+            f"{run.folder / name}  {formats.data_size(own['artifact_bytes'])}"
+            for name, own in manifest["adapters"].items()
+        ]
+        drawn = " ".join(f"3:{name}" for name in manifest["adapters"])
+        then = f'loralab generate {run.folder} "{drawn} 3" --image out.png'
+    else:
+        lines.append(f"{run.artifact}  {formats.data_size(manifest['artifact_bytes'])}")
+        then = f'loralab evaluate {run.folder} --data ... or loralab generate {run.folder} "..."'
+    lines += [f"{run.folder / 'report.html'}", f"Next: {then}"]
     return "\n".join(lines)
 
 

@@ -2,8 +2,6 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from transformers import PreTrainedModel
 from loralab.adapters import save_adapter
 from loralab.config import RunConfig
 from loralab.errors import Interrupted, RunError, TrainingError
-from loralab.events import Listener, Note, Phase, Progress, ignore
+from loralab.events import Listener, Note, Phase, ignore
 from loralab.files import replacing, write_text
 from loralab.measuring import make_probes
 from loralab.models import quiet
@@ -28,26 +26,16 @@ from loralab.runs.folder import (
     MANIFEST,
     Run,
     create_run,
+    default_folder,
     open_run,
     refuse_existing,
 )
 from loralab.runs.forecast import Forecast, forecast
+from loralab.runs.images import resume_images, train_images
 from loralab.runs.sinks import Sink, open_sinks, require_sinks
+from loralab.runs.telling import event_facts, log, tell
 from loralab.runs.workbench import Workbench, open_workbench, settle_compile, settle_dtype
-from loralab.training import (
-    START_FILE,
-    CheckpointSaved,
-    Event,
-    Examined,
-    Finding,
-    Finished,
-    Started,
-    StepDone,
-    Trainable,
-    Validated,
-    effective_step,
-    fit,
-)
+from loralab.training import START_FILE, Started, Trainable, effective_step, fit
 
 HELD_OUT = ("validation", "test")
 
@@ -68,8 +56,10 @@ def train(
     Raises any `LoralabError`; `Interrupted` after Ctrl-C, with a checkpoint and the command that
     resumes; `TrainingError` where the loss is no number.
     """
+    if config.model.task == "image":
+        return train_images(config, output, listen=listen)
     config = settle_dtype(config, listen)
-    folder = _default_folder(config) if output is None else Path(output)
+    folder = default_folder(config) if output is None else Path(output)
     refuse_existing(folder)
     require_sinks(config.training.sinks)
     bench = workbench or open_workbench(config, listen)
@@ -125,6 +115,8 @@ def resume(
     if run.finished:
         listen(Note(f"{folder} is finished already"))
         return run
+    if run.config.model.task == "image":
+        return resume_images(run, listen=listen)
     bench = workbench or open_workbench(run.config, listen)
     if bench.facts != run.manifest["data"]:
         raise RunError(
@@ -195,8 +187,8 @@ def _fit(
                 settings = run.config.model_dump()
                 sinks = open_sinks(run.config.training.sinks, run.folder, settings, step=event.step)
             facts |= event_facts(event)
-            _tell(event, listen)
-            _log(event, sinks)
+            tell(event, listen)
+            log(event, sinks)
     except TrainingError as error:
         run.knowing(state="failed", cause=error.cause).record()
         raise
@@ -239,75 +231,3 @@ def _describe(run: Run, evaluations: dict[str, dict[str, Any]]) -> None:
     )
     write_text(run.artifact / "README.md", card)
     write_run_report(run_report(run), run.folder / "report.html")
-
-
-def event_facts(event: Event) -> dict[str, Any]:
-    """What of an event belongs into the manifest."""
-    match event:
-        case Started():
-            return {
-                "order_hash": event.order_hash,
-                "steps": event.total_steps,
-                "environment": event.environment,
-                "findings": [asdict(finding) for finding in event.findings],
-            }
-        case Finished():
-            return {
-                "steps_done": event.step,
-                "best": {
-                    "step": event.best_step,
-                    "nll": event.best_nll,
-                    "accuracy": event.best_accuracy,
-                },
-                "stopped_early": event.stopped_early,
-            }
-        case _:
-            return {}
-
-
-def _tell(event: Event, listen: Listener) -> None:
-    """An event of the training room as talk."""
-    match event:
-        case Started():
-            for finding in event.findings:
-                _tell_finding(finding, listen)
-            listen(Phase("training", event.total_steps, "steps"))
-            if event.step:
-                listen(Note(f"resumed after step {event.step}"))
-            listen(Progress(event.step))
-        case Examined():
-            for finding in event.findings:
-                _tell_finding(finding, listen)
-        case StepDone():
-            listen(Progress(event.step, f"loss {event.loss:.4f}"))
-        case Validated():
-            best = " (best so far)" if event.best else ""
-            right = "" if event.accuracy is None else f", accuracy {event.accuracy:.4f}"
-            listen(Note(f"step {event.step}: validation nll {event.nll:.4f}{right}{best}"))
-        case CheckpointSaved() | Finished():
-            pass
-
-
-def _tell_finding(finding: Finding, listen: Listener) -> None:
-    advice = f": {finding.next_step}" if finding.next_step else ""
-    listen(Note(finding.message + advice, warning=finding.level != "info", topic=finding.name))
-
-
-def _log(event: Event, sinks: Sequence[Sink]) -> None:
-    if isinstance(event, StepDone):
-        rates = {f"learning_rate/{role}": rate for role, rate in event.learning_rates.items()}
-        figures = {"train/loss": event.loss, "train/grad_norm": event.grad_norm, **rates}
-    elif isinstance(event, Validated):
-        figures = {"validation/nll": event.nll}
-        if event.accuracy is not None:
-            figures["validation/accuracy"] = event.accuracy
-    else:
-        return
-    for sink in sinks:
-        sink.log(event.step, figures)
-
-
-def _default_folder(config: RunConfig) -> Path:
-    data = Path(config.data.name or str(config.data.train)).stem
-    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{data}-{config.method.kind}-{stamp}"

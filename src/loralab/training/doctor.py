@@ -1,5 +1,6 @@
 """Checks that find a worthless run before it is paid for: at the setup and after two steps."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
@@ -122,11 +123,17 @@ def _parameters(trainable: Trainable) -> Iterator[Finding]:
     for name, parameter in trainable.parameters.items():
         if marker in name and name.rpartition(".")[2] in ("A", "B"):
             module = name.partition(marker)[0]
-            kind = module.rpartition(".")[2]
+            kind = _kind(module)
             cost[kind].add(module)
             numbers[kind] += parameter.numel()
     listed = ", ".join(f"{len(cost[k])} {k} ({n:,})" for k, n in numbers.most_common())
     yield Finding("info", "targets", f"the adapter's modules and their parameters: {listed}")
+
+
+def _kind(module: str) -> str:
+    """The last part of its name that is no number, with what follows: `to_out.0`."""
+    found = re.search(r"[^.]*[^.\d][^.]*[.\d]*$", module)
+    return found[0] if found else module
 
 
 def _effective_step(trainable: Trainable) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""`loralab generate FOLDER "3:bold 3" --image FILE`: images of a denoiser, each along its route."""
+"""`loralab generate RUN "3:bold 3" --image FILE`: images of a denoiser, each along its route."""
 
 import math
 import time
@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from loralab.adapters import load_adapter
-from loralab.errors import DataError, ModelError, nearest
+from loralab.config import ImagesSection
+from loralab.errors import DataError, ModelError, RunError, nearest
 from loralab.events import Listener, Note, Phase, ignore
 from loralab.imaging import Denoiser, load_denoiser, sample_images, write_grid
+from loralab.runs.folder import MANIFEST, open_run
+from loralab.runs.images.evaluating import BASE, base_of
 
-BASE = "base"
 SYNTAX = "write CLASS, CLASS:ADAPTER or CLASS:ADAPTER=WEIGHT,ADAPTER=WEIGHT, with spaces between."
 _COLUMNS = 10
 
@@ -33,9 +35,10 @@ def generate_images(
     seed: int = 0,
     listen: Listener = ignore,
 ) -> dict[str, Any]:
-    """Images by a denoiser and the adapters beside it, all in one batch, as one PNG.
+    """Images by a denoiser and its adapters, all in one batch, as one PNG.
 
-    folder: holds `base/` (a diffusers folder) and a folder for each adapter.
+    folder: a finished run, or a folder that holds `base/` (a diffusers folder) and a folder for
+        each adapter.
     prompt: words `CLASS[:ADAPTER[=WEIGHT][,...]]`, an image each; without an adapter the base's.
     seed: of the first image; the next has the next one. Seed, class and route decide an image.
 
@@ -43,18 +46,33 @@ def generate_images(
     cannot be followed, `OutputError` where the PNG cannot be written.
     """
     folder, image = Path(folder), Path(image)
-    if not (folder / BASE).is_dir():
-        raise ModelError(
-            f"{folder} has no {BASE}/, so there is no image model",
-            f"name a folder with a diffusers folder {BASE}/ and one folder for each adapter.",
-        )
+    base, settings = _base(folder, listen)
     known = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
     listen(Phase("loading the model", None, "files"))
-    denoiser = load_denoiser(folder / BASE)
+    denoiser = load_denoiser(base)
     wanted = parse_prompt(prompt, known, num_classes=denoiser.none_class)
     for name in sorted({name for each in wanted for name in each.route}):
         load_adapter(denoiser.unet, folder / name, name)
-    return _generate(denoiser, wanted, image, seed, listen)
+    return _generate(denoiser, wanted, image, seed, settings, listen)
+
+
+def _base(folder: Path, listen: Listener) -> tuple[Path, ImagesSection]:
+    """Where the folder's denoiser lies, and how it is to be sampled."""
+    if (folder / MANIFEST).is_file():
+        run = open_run(folder)
+        if run.config.model.task != "image":
+            raise RunError(
+                f"{folder} is a run of a language model", "leave --image out to give it a prompt."
+            )
+        run.check_finished()
+        return base_of(run, listen), run.config.images
+    if not (folder / BASE).is_dir():
+        raise ModelError(
+            f"{folder} has no {BASE}/, so there is no image model",
+            "name a run of an image model (`loralab train digits-styles`), or a folder with a"
+            f" diffusers folder {BASE}/ and one folder for each adapter.",
+        )
+    return folder / BASE, ImagesSection()
 
 
 def parse_prompt(prompt: str, known: Sequence[str], *, num_classes: int) -> list[Wanted]:
@@ -84,14 +102,26 @@ def parse_prompt(prompt: str, known: Sequence[str], *, num_classes: int) -> list
 
 
 def _generate(
-    denoiser: Denoiser, wanted: Sequence[Wanted], image: Path, seed: int, listen: Listener
+    denoiser: Denoiser,
+    wanted: Sequence[Wanted],
+    image: Path,
+    seed: int,
+    settings: ImagesSection,
+    listen: Listener,
 ) -> dict[str, Any]:
     listen(Phase(f"drawing {len(wanted)} images", None, "steps"))
     began = time.perf_counter()
     seeds = list(range(seed, seed + len(wanted)))
     labels = [each.label for each in wanted]
     routes = [each.route or None for each in wanted]
-    images = sample_images(denoiser, labels, seeds=seeds, routes=routes)
+    images = sample_images(
+        denoiser,
+        labels,
+        seeds=seeds,
+        routes=routes,
+        num_steps=settings.sampling_steps,
+        guidance=settings.guidance,
+    ).cpu()
     seconds = time.perf_counter() - began
     rows = [list(images[i : i + _COLUMNS]) for i in range(0, len(images), _COLUMNS)]
     firsts = [f"{start * _COLUMNS + 1} ..." for start in range(len(rows))]
