@@ -54,6 +54,7 @@ def attach(
     The model is as before when it raises.
     """
     check_name(model, name)
+    _check_sizes(model)
     pairs, whole = select(model, config)
     if head == "trained":
         _check_head(model, whole)
@@ -84,6 +85,15 @@ def attach(
         for path in _other_biases(modules, {*pairs, *whole}):
             bias = cast(Tensor, bias_of(modules[path]))
             installer.own(path, {"bias": fresh_copy(bias)})
+
+
+def _check_sizes(model: nn.Module) -> None:
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise AdapterError(
+            f"parameters without a size yet: {', '.join(lazy[:5])}",
+            "run the model once on some input: lazy modules take their sizes from it.",
+        )
 
 
 def _warn_of_limits(modules: Mapping[str, nn.Module], pairs: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from loralab.adapters.extracting import collect
 from loralab.adapters.frozen_norms import thaw_norms
 from loralab.adapters.hosting import Adapted, Bank, Host, dismiss, host_of, plain_tensors
 from loralab.adapters.installing import remove_hooks
+from loralab.adapters.merge_faults import check_weights
 from loralab.adapters.merging import (
     WeightError,
     change_at,
@@ -122,6 +123,7 @@ def changed_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """Full name -> new tensor, in the base's dtype, of everything that the adapter changes."""
     check_mergeable(adapter)
     own = plain_tensors(model)
+    check_weights(_weights(model, adapter), own)
     replaced: dict[str, Tensor] = {}
     for module, path, name in _weights(model, adapter):
         weight = own[name].detach()

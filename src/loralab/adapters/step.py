@@ -223,7 +223,7 @@ class LowRankStep(torch.autograd.Function):
         ctx.shared = shared
         ctx.save_for_backward(x, places, *factors)
         outputs = project(_rows(x), shared, factors, places)
-        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable

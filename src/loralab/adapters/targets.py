@@ -115,13 +115,21 @@ def _targeted(
             if is_linear(module) and not any(_within(name, head) for head in heads)
         ]
         if not found:
-            faults.append("target 'all-linear': the model has no linear layer but its head")
+            faults.append(f"target 'all-linear': {_no_linear(model, modules)}")
         return found
     if isinstance(config.targets, str):
         return _by_expression(config.targets, modules, faults)
     found = _by_suffix(config.targets, modules, "target", faults)
     faults.extend(_no_path(name, modules) for name in found if path_of(modules[name]) is None)
     return list(found)
+
+
+def _no_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    if path_of(model) is not None:
+        return f"the model is itself a {type(model).__name__}; put it into nn.Sequential"
+    others = sorted({type(m).__name__ for m in modules.values() if path_of(m) is not None})
+    named = f"; of {', '.join(others)} give the names" if others else ""
+    return f"the model has no linear layer but its head{named}"
 
 
 def _with_projections(names: list[str], modules: Mapping[str, nn.Module]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loralab.config import TrainingSection
 from loralab.data import Row
+from loralab.errors import TrainingError
 from loralab.fusion import Matched, fused, matching_blocks
 from loralab.training.attention import training_attention
 from loralab.training.batches import text_rows
@@ -150,6 +151,12 @@ class Stepper:
             stack.enter_context(self._compiled(piece))
             with self._offloaded():
                 nll = self._objective.nll_sum(piece) / total
+            if not nll.requires_grad:
+                raise TrainingError(
+                    "the loss depends on no trained tensor",
+                    "target modules that the model calls: a weight that it reads past its module "
+                    "cannot be adapted.",
+                )
             nll.backward()
         return nll.detach().float()
 
