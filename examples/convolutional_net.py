@@ -1,7 +1,5 @@
-"""LoRA on a convolutional net with BatchNorm: digits in negative, from a net for digits.
-
-BatchNorm's running statistics belong to the data seen: `whole_modules` gives the adapter its own.
-"""
+"""LoRA on a convolutional net: digits in negative, from a net for digits. BatchNorm's running
+statistics belong to the data seen: `whole_modules` gives the adapter its own."""
 
 import tempfile
 from pathlib import Path
@@ -42,7 +40,8 @@ train(model.train(), x[:1400], y[:1400], 1e-2)
 base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 negative = 1 - x
 before = accuracy(model.eval(), negative[1400:], y[1400:])
-attach(model, LoRAConfig(rank=4, alpha=8, whole_modules=["1", "5"]), "negative", head="frozen")
+config = LoRAConfig(rank=4, alpha=8, targets=["0", "4", "8"], whole_modules=["1", "5"])
+attach(model, config, "negative", head="frozen")
 with use(model, "negative"):
     train(model.train(), negative[:1400], y[:1400], 1e-2)
     after = accuracy(model.eval(), negative[1400:], y[1400:])
