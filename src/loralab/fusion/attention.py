@@ -63,9 +63,18 @@ def attend_backward(g: Queries, kept: Attended) -> tuple[Queries, Keys, Keys]:
 
 def _kernel(q: Queries, k: Keys, v: Keys, mask: Mask) -> Queries:
     is_grouped = q.shape[1] != k.shape[1]
+    if is_grouped and device_kind(q) != "cpu" and not _flash_takes(q, mask):
+        # torch's other kernel of linear memory takes no grouped heads: without one of the two all
+        # weights are made, 16 times what repeated keys and values take at 256 tokens
+        k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+        is_grouped = False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=is_grouped
     )
+
+
+def _flash_takes(q: Queries, mask: Mask) -> bool:
+    return mask is None and q.dtype in (torch.float16, torch.bfloat16)
 
 
 def _grouped(q: Queries, k: Keys) -> Float[Tensor, "batch groups _ head_size"]:

@@ -1,6 +1,6 @@
 """Runs of alike blocks, and models cut down to a few of each: what repeats is traced once.
 
-A run of n alike blocks costs a constant plus n times the same, so a model with two and with three
+A run of n alike blocks costs a constant plus n times the same, so a model with three and with four
 of them tells the rest. Frozen and trained blocks are different runs.
 """
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from loralab.planning.accounts import ROUNDING, Accounts, Peak, Stretch
 from loralab.planning.blocks import Run
 
-TRACED_PERIODS = 3
+TRACED_PERIODS = 4
 
 Bytes = float | int
 
@@ -14,8 +14,10 @@ Bytes = float | int
 def extended(trace: Callable[[Sequence[Run]], Accounts], runs: Sequence[Run]) -> Accounts:
     """The accounts of the whole model from traces of models with few blocks.
 
-    `trace` gets the runs with the blocks to keep. A run of n is traced with two and with three
-    periods; the difference is what one more adds to every stretch. Short runs are traced whole.
+    `trace` gets the runs with the blocks to keep. A run of n is traced with three and with four
+    periods; the difference is what one more adds to every stretch. Two would not do: the last block
+    may compute few tokens and the first no gradient of its input, so that neither shows what a
+    block in the middle holds for a while. Short runs are traced whole.
     """
     few = [run.keeping(TRACED_PERIODS * run.period) for run in runs]
     longer = [run for run in few if run.kept < run.length]
