@@ -43,25 +43,28 @@ inline int64_t block_rows(int64_t width) {
   return std::clamp<int64_t>(fitting, TALL, 48);
 }
 
-// Rows as fp32 numbers, dropped where the mask says so.
+inline Vector kept(const uint8_t* flips) {
+  typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
+  Bytes bytes;
+  std::memcpy(&bytes, flips, sizeof(bytes));
+  return __builtin_convertvector(bytes, Vector);
+}
+
+// Rows as fp32 numbers, kept (1) or dropped (0) as the mask says, in memory of a thread's own, where
+// rows are set apart: at a distance of a power of two all of them would fall on the same cache lines.
 template <class T>
-inline Left masked(const T* x, const LowRank& step, int64_t first, int64_t rows, Scratch& scratch) {
-  if (sizeof(T) == 4 && step.flips == nullptr) return {(const float*)x, step.in};
-  float* to = sized(scratch, rows * step.in);
-  for (int64_t i = 0; i < rows; ++i) {
-    const uint8_t* mask = step.flips ? step.flips + step.places[first + i] : nullptr;
-    for (int64_t j = 0; j < step.in; j += WIDTH) {
-      Vector value = load(x + i * step.in + j);
-      if (mask) {
-        typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
-        Bytes kept;
-        std::memcpy(&kept, mask + j, sizeof(kept));
-        value = value * __builtin_convertvector(kept, Vector);
-      }
-      store(to + i * step.in + j, value);
+inline Left own_rows(const T* rows, int64_t count, int64_t width, const uint8_t* flips,
+                     const int64_t* places, Scratch& scratch) {
+  const int64_t apart = width + COLUMNS;
+  float* to = sized(scratch, count * apart);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint8_t* mask = flips ? flips + places[i] : nullptr;
+    for (int64_t j = 0; j < width; j += WIDTH) {
+      Vector value = load(rows + i * width + j);
+      store(to + i * apart + j, mask ? value * kept(mask + j) : value);
     }
   }
-  return {to, step.in};
+  return {to, apart};
 }
 
 // A of all pairs, turned: (in, ranks padded).
@@ -136,7 +139,8 @@ void low_rank_forward(const LowRank& step) {
     Range mine = share(step.rows, thread, threads);
     for (int64_t i = mine.from; i < mine.until; i += tall) {
       int64_t rows = std::min(tall, mine.until - i);
-      Left x = masked((const T*)step.x + i * step.in, step, i, rows, dropped);
+      Left x = own_rows((const T*)step.x + i * step.in, rows, step.in, step.flips,
+                        step.flips ? step.places + i : nullptr, dropped);
       float* h = sized(hidden, tall * width);
       multiply(rows, width, step.in, x, {A, width}, h, width, false);
       for (int64_t l = 0; l < step.num_pairs; ++l) {
@@ -146,15 +150,6 @@ void low_rank_forward(const LowRank& step) {
       }
     }
   }
-}
-
-// Rows as fp32 numbers.
-template <class T>
-inline Left widened(const T* rows, int64_t count, int64_t width, Scratch& scratch) {
-  if (sizeof(T) == 4) return {(const float*)rows, width};
-  float* to = sized(scratch, count * width);
-  for (int64_t j = 0; j < count * width; j += WIDTH) store(to + j, load(rows + j));
-  return {to, width};
 }
 
 // grad_x = m * (s (g B) A), the sum over the pairs; grad_A and grad_B of each pair.
@@ -195,14 +190,15 @@ void low_rank_backward(const LowRank& step) {
     Range mine = share(step.rows, thread, threads);
     for (int64_t i = mine.from; i < mine.until; i += tall) {
       const int64_t rows = std::min(tall, mine.until - i);
-      Left x = masked((const T*)step.x + i * step.in, step, i, rows, dropped);
+      Left x = own_rows((const T*)step.x + i * step.in, rows, step.in, step.flips,
+                        step.flips ? step.places + i : nullptr, dropped);
       float* h = sized(hidden, tall * (width + COLUMNS));
       multiply(rows, width, step.in, x, {A, width}, h, width, false);
       float* gh = sized(grad_hidden, tall * (width + COLUMNS));
       for (int64_t l = 0; l < step.num_pairs; ++l) {
         const Pair& pair = step.pairs[l];
         const int64_t wide = padded(pair.rank);
-        Left g = widened((const T*)pair.rows + i * pair.out, rows, pair.out, gradients);
+        Left g = own_rows((const T*)pair.rows + i * pair.out, rows, pair.out, nullptr, nullptr, gradients);
         // the columns beyond the pair's own are the next pair's, which come later
         float own[48 * COLUMNS];
         for (int64_t r = 0; r < pair.rank; r += COLUMNS) {
@@ -219,19 +215,15 @@ void low_rank_backward(const LowRank& step) {
       }
       multiply(step.ranks, step.in, rows, {gh, 1, width}, {x.at, x.row}, sums_A, step.in, true);
       if (step.grad_x) {
-        float* t = sized(through, tall * step.in);
-        multiply(rows, step.in, step.ranks, {gh, width}, {step.A, step.in}, t, step.in, false);
+        const int64_t apart = step.in + COLUMNS;
+        float* t = sized(through, tall * apart);
+        multiply(rows, step.in, step.ranks, {gh, width}, {step.A, step.in}, t, apart, false);
         T* to = (T*)step.grad_x + i * step.in;
         for (int64_t a = 0; a < rows; ++a) {
           const uint8_t* mask = step.flips ? step.flips + step.places[i + a] : nullptr;
           for (int64_t j = 0; j < step.in; j += WIDTH) {
-            Vector value = load(t + a * step.in + j);
-            if (mask) {
-              typedef uint8_t Bytes __attribute__((vector_size(WIDTH)));
-              Bytes kept;
-              std::memcpy(&kept, mask + j, sizeof(kept));
-              value = value * __builtin_convertvector(kept, Vector);
-            }
+            Vector value = load(t + a * apart + j);
+            if (mask) value = value * kept(mask + j);
             store(to + a * step.in + j, value);
           }
         }
