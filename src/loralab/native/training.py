@@ -31,6 +31,13 @@ Rows = Float[Tensor, "rows _"]
 OtherRows = Float[Tensor, "_ _"]
 
 
+def build_name() -> str:
+    """Which build of the kernel runs here, by its hash, on which the bits of a step depend; "none"
+    where torch's operations stand in."""
+    library = load_kernel(KERNEL)
+    return "none" if library is None else Path(library._name).stem
+
+
 def covers(*rows: Tensor) -> bool:
     """Whether the kernel computes with these rows: fp32 or bf16 on the CPU, one after another in
     memory, their widths multiples of 16; and there is a kernel."""

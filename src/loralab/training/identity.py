@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from loralab.data import Row
+from loralab.native import training as native
 from loralab.training.methods import ADAPTERS, Trainable
 from loralab.training.plan import Plan
 
@@ -19,13 +20,14 @@ FREE_SETTINGS = {"checkpoint_steps", "sinks", "threads", "device"}
 
 
 def environment(model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Versions, machine, threads and dtypes: all that the bits of a step depend on."""
+    """Versions, machine, kernel, threads and dtypes: all that the bits of a step depend on."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": _device_name(device),
+        "kernel": native.build_name() if device.type == "cpu" else "none",
         "threads": torch.get_num_threads(),
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
     }
