@@ -20,6 +20,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from loralab.config import MethodSection, Task, TrainingSection
 from loralab.data import Encoded
 from loralab.measuring import peak_live_bytes
 from loralab.models import load_model
+from loralab.native import products
 from loralab.training import prepare, repeatable_step
 from training_epoch import measure_epochs
 
@@ -80,7 +82,10 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All arms in turns: a warm-up round, then `--rounds`."""
     arms = {name: build(name, arguments) for name in arguments.arms}
+    if products.are_widened(getattr(torch, arguments.dtype), torch.device(arguments.device)):
+        _say(f"no instructions for {arguments.dtype} here: other arms are slow; see --dtype")
     for turn in range(arguments.rounds + 1):
+        began = time.perf_counter()
         for arm in arms.values():
             _synchronise(arguments.device)
             wall, cpu = time.perf_counter(), time.process_time()
@@ -89,6 +94,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             if turn:
                 arm.seconds.append(time.perf_counter() - wall)
                 arm.cpu_seconds.append(time.process_time() - cpu)
+        left = (time.perf_counter() - began) * (arguments.rounds - turn)
+        _say(f"round {turn} of {arguments.rounds}, about {left / 60:.0f} minutes left")
     tokens = arguments.rows * arguments.tokens
     runs = [_figures(name, arm, tokens, arguments) for name, arm in arms.items()]
     by_name = {run["arm"]: run for run in runs}
@@ -232,6 +239,10 @@ def _floor(arguments: argparse.Namespace) -> float:
     weights = sum(m.weight.numel() for m in linears)
     pairs = sum(RANK * sum(m.weight.shape) for m in linears)
     return round((2 + 3 * pairs / weights) / 3, 4)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _synchronise(device: str) -> None:
