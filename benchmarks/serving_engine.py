@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from loralab.adapters import Adapter
 from loralab.models import load_tokenizer
 from loralab.serving import Chunk, Engine, Request, Sampling
 
@@ -42,6 +43,9 @@ class NoModel:
         return self.logits[: len(chunk.token_ids)]
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        pass
+
+    def prepare(self, name: str, adapter: Adapter) -> None:
         pass
 
     def adapters_changed(self, only: Collection[str] | None = None) -> None:

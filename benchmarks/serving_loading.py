@@ -18,7 +18,7 @@ from loralab.serving import Engine, Request, Sampling
 from loralab.serving.place import EnginePlace
 from loralab.serving.runner import Runner
 from loralab.serving.store import AdapterStore, Lease, Registry, identity
-from loralab.serving.store.reading import Limits, read_checked
+from loralab.serving.store.reading import Limits, Reader
 
 PROMPT_TOKENS = 24
 ROUNDS = 3
@@ -53,12 +53,13 @@ def _one_round(engine: Engine, place: EnginePlace, folder: Path) -> dict[str, li
     registry = Registry(folder)
     names = registry.names()
     store = AdapterStore(registry, place, num_slots=2 * len(names))
+    reader = Reader(registry, Limits(), place.misfits)
     store.survey()
     made: dict[str, list[float]] = {"disk": [], "memory": [], "slot": []}
     versions = []
     for index, name in enumerate(names):
         if index % 2:  # read before, as for a request that waits for a slot
-            stored = read_checked(registry, name, Limits(), place.misfits)
+            stored = reader.read(name)
             state = next(s for s in store.describe() if s.name == name)
             assert state.version is not None
             store._memory.put(state.version, stored.adapter, lambda version: True)

@@ -1,10 +1,12 @@
 """The fast runner gives what the model gives under `use`, whatever stands beside a row."""
 
 import copy
+import ctypes
 import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -20,10 +22,20 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from loralab.adapters import LoRAConfig, attach, detach, merge_in_place, restore, use
+from loralab.adapters import (
+    LoRAConfig,
+    attach,
+    detach,
+    extract,
+    install,
+    merge_in_place,
+    restore,
+    use,
+)
 from loralab.errors import RouteError
 from loralab.native import NoKernelError, build, find_compiler, load_kernel
 from loralab.serving.fast import FastRunner, fast_runner
+from loralab.serving.fast.coverage import Factors
 from loralab.serving.fast.decoder import find_decoder
 from loralab.serving.fast.kernel_step import KERNEL, KernelStep
 from loralab.serving.fast.steps import TorchStep
@@ -246,6 +258,62 @@ def test_adapters_come_change_and_go(step: str) -> None:
     check("b")
     with pytest.raises(RouteError, match="hosts no adapter 'c'"):
         runner.forward([Chunk(0, text, 0, "c")])
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("changes", [{}, {"dora": True}], ids=["plain", "DoRA"])
+def test_what_is_prepared_beside_the_steps_is_what_is_hosted(step: str, changes: Any) -> None:
+    made = build_model()
+    host(made, "a", 1, rank=5, **changes)
+    value, text = extract(made, "a"), tokens(12)
+    model = build_model()
+    runner = runner_of(model, step)
+    runner.prepare("a", value)
+    install(model, value, "a", copy=False)
+    runner.adapters_changed(only=["a"])
+    found = runner.all_logits(Chunk(0, text, 0, "a"))
+    torch.testing.assert_close(found, wanted(made, text, "a"), atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_prepared_and_not_hosted_is_forgotten() -> None:
+    model, text = build_model(), tokens(12)
+    host(model, "a", 1)
+    value = extract(model, "a")
+    detach(model, "a")
+    runner = runner_of(model, "torch")
+    runner.prepare("a", value)
+    runner.adapters_changed(only=["a"])
+    host(model, "a", 2)
+    runner.adapters_changed(only=["a"])
+    found = runner.all_logits(Chunk(0, text, 0, "a"))
+    torch.testing.assert_close(found, wanted(model, text, "a"), atol=1e-4, rtol=1e-4)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 6, 16, 19])
+def test_packed_factors_are_the_factors_rounded(dtype: torch.dtype, rank: int) -> None:
+    model = build_model(dtype=dtype)
+    step = runner_of(model, "kernel").step
+    draw = torch.Generator().manual_seed(rank)
+    pair = Factors(
+        torch.randn(rank, 64, generator=draw), torch.randn(40, rank, generator=draw), 0.5
+    )
+    packed = step.prepare([[pair, *[None] * 6], [None] * 7]).result()
+    kind, padded = (np.int32 if dtype == torch.float32 else np.int16), -(-rank // 4) * 4
+
+    def numbers(address: int, count: int) -> torch.Tensor:
+        raw = ctypes.string_at(address, count * dtype.itemsize)
+        return torch.from_numpy(np.frombuffer(raw, dtype=kind).copy()).view(dtype)
+
+    A = numbers(packed.pairs[0].A, padded * 64).view(padded, 64)
+    assert torch.equal(A[:rank], pair.A.to(dtype)) and not A[rank:].any()
+    together = 4 // dtype.itemsize  # ranks side by side
+    tiles = numbers(packed.pairs[0].B, 64 * padded).view(2, padded // together, 32, together)
+    B = tiles.permute(0, 2, 1, 3).reshape(64, padded)
+    assert torch.equal(B[:40, :rank], pair.B.to(dtype))
+    assert not B[40:].any() and not B[:, rank:].any()
+    assert (packed.pairs[0].rank, packed.most_rank, packed.pairs[1].rank) == (padded, padded, 0)
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -16,13 +16,25 @@ from hypothesis import given, settings, strategies as st
 from served_adapters import llama, place, running, write_adapter_folder
 from transformers import PreTrainedModel
 
-from loralab.adapters import hosted
+from loralab.adapters import content_hash, hosted, read_adapter
 from loralab.errors import AdapterError, ForbiddenError, RequestError, UnknownAdapterError
-from loralab.serving.store import AdapterStore, Limits, Registry, Version, identity, is_name
+from loralab.serving.store import (
+    AdapterStore,
+    Limits,
+    Registry,
+    Version,
+    identity,
+    is_name,
+    reading,
+    registry,
+)
+from loralab.serving.store.reading import Reader
+from loralab.serving.store.registry import FILES, Stamp
 from loralab.serving.store.scheduling import Slot, plan
 from loralab.serving.store.working_set import WorkingSet, hit_rates
 
 SECONDS = 30.0
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +243,53 @@ def test_a_damaged_replacement_leaves_the_version_before_it_in_service(
     assert served.state("red").refused is None
 
 
+def test_of_a_known_folder_the_tensors_alone_are_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "SETTLED_SECONDS", -1.0)
+    reader = Reader(Registry(root), Limits(), lambda outline: [])
+    first = reader.read("red")
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "read_with_blueprint", never)
+        again = reader.read("red")
+    assert (again.content, again.rank, again.num_bytes) == (first.content, 2, first.num_bytes)
+    assert content_hash(again.adapter) == first.content
+    file, times = root / "red" / WEIGHTS, (root / "red" / WEIGHTS).stat()
+    flip_a_bit(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if nothing had happened
+    with pytest.raises(AdapterError, match="its checksum is another"):
+        reader.read("red")
+
+
+def test_files_that_were_new_when_they_were_read_are_read_once_more(
+    root: Path, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two writes within one tick of the file system's clock give files of one stamp."""
+    settled = False
+    monkeypatch.setattr(
+        Registry, "stamp", lambda self, name: Stamp(((FILES[1], len(name), 1, 1, 1),), settled)
+    )
+    before, written = served.versions("red"), content_hash(read_adapter(root / "red"))
+    write_adapter_folder(root / "red", seed=9, rank=2)
+    now = content_hash(read_adapter(root / "red"))
+    assert served.versions("red") == before and before[0].content == written != now
+    settled = True
+    assert served.versions("red") == before  # which serves on meanwhile
+    assert served.state("red").version.content == written
+    assert served.versions("red")[0].content == now
+
+
+def never(*_: Any, **__: Any) -> None:
+    raise AssertionError("it was read from the beginning")
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    with file.open("r+b") as handle:
+        handle.write(data)
+
+
 def test_a_folder_that_is_gone_is_unknown(served: Served, root: Path) -> None:
     held = served.store.lease(["green"]).result(SECONDS)
     shutil.rmtree(root / "green")
@@ -246,9 +305,6 @@ def test_a_folder_that_is_gone_is_unknown(served: Served, root: Path) -> None:
 def test_what_does_not_fit_is_refused_before_it_is_read(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("tensors were read")
-
     model = llama()
     with running(model) as engine:
         limits = Limits(rank=3)
@@ -256,7 +312,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(
         config = json.loads((root / "red" / "adapter_config.json").read_text())
         config["target_modules"] = ["q_proj", "no_such"]
         (root / "red" / "adapter_config.json").write_text(json.dumps(config))
-        monkeypatch.setattr("loralab.serving.store.reading.read_adapter", never)
+        monkeypatch.setattr(reading, "read_with_blueprint", never)
         with pytest.raises(AdapterError, match="its rank is 4, this server takes at most 3"):
             store.lease(["blue"]).result(SECONDS)
         store.close()

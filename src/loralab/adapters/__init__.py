@@ -3,6 +3,7 @@
 from loralab.adapters.adapter import Adapter, Layer
 from loralab.adapters.algebra import Combination, combination, combine
 from loralab.adapters.attaching import attach, detach
+from loralab.adapters.buffers import fresh_bytes
 from loralab.adapters.certificate import MergeCertificate
 from loralab.adapters.data_driven import eva_starts, lora_ga_starts
 from loralab.adapters.decomposed import Decomposed, num_bytes
@@ -13,9 +14,9 @@ from loralab.adapters.extracting import (
     dropout_tables,
     extract,
 )
-from loralab.adapters.fingerprint import fingerprint, is_from_base
+from loralab.adapters.fingerprint import check_fingerprint, fingerprint, is_from_base
 from loralab.adapters.fitting import misfits
-from loralab.adapters.hosting import Pair, adapted_modules
+from loralab.adapters.hosting import Pair, adapted_modules, hosted_items
 from loralab.adapters.in_place import merge_in_place, restore
 from loralab.adapters.members import Member, base_member, member_in_force, share
 from loralab.adapters.merge import merge, save_merged
@@ -28,9 +29,16 @@ from loralab.adapters.peft_format import (
     write_adapter,
 )
 from loralab.adapters.probes import Probe
+from loralab.adapters.rereading import Blueprint, read_with_blueprint
 from loralab.adapters.routes import carry
 from loralab.adapters.rows import declare_rows, declare_tokens
-from loralab.adapters.saving import collector_paused, install, load_adapter, save_adapter
+from loralab.adapters.saving import (
+    collector_paused,
+    install,
+    load_adapter,
+    put_on,
+    save_adapter,
+)
 from loralab.adapters.settings import LoRAConfig
 from loralab.adapters.step import EVERY_ROW, SharedInput, draw_mask, project, project_backward
 from loralab.adapters.streaming_merge import merge_checkpoint
@@ -41,6 +49,7 @@ from loralab.adapters.using import hosted, merged_name, use
 __all__ = [
     "EVERY_ROW",
     "Adapter",
+    "Blueprint",
     "Change",
     "Choice",
     "Combination",
@@ -61,6 +70,7 @@ __all__ = [
     "base_member",
     "carry",
     "change_at",
+    "check_fingerprint",
     "collector_paused",
     "combination",
     "combine",
@@ -74,7 +84,9 @@ __all__ = [
     "eva_starts",
     "extract",
     "fingerprint",
+    "fresh_bytes",
     "hosted",
+    "hosted_items",
     "install",
     "is_from_base",
     "load_adapter",
@@ -89,7 +101,9 @@ __all__ = [
     "outline_adapter",
     "project",
     "project_backward",
+    "put_on",
     "read_adapter",
+    "read_with_blueprint",
     "restore",
     "save_adapter",
     "save_merged",

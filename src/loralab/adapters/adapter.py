@@ -37,6 +37,9 @@ class Layer:
         return self.kind == "embedding", self.kernel, self.groups
 
 
+_PLAIN = Layer()
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """`pairs[module] = (A, B)` and every other tensor that differs from the base.
@@ -77,7 +80,7 @@ class Adapter:
 
     def layer(self, module: str) -> Layer:
         """What the pair at that module belongs to."""
-        return self.layers.get(module, Layer())
+        return self.layers.get(module, _PLAIN)
 
     @property
     def num_parameters(self) -> int:

@@ -5,7 +5,7 @@ own class and gains a child `adapters`. So nothing else in the model has to know
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, cast, no_type_check
 
 import torch
@@ -164,6 +164,17 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     for name, module in walk(model):
         if isinstance(module, Adapted):
             yield name, module
+
+
+def hosted_items(
+    modules: Iterable[tuple[str, nn.Module]],
+) -> list[tuple[str, nn.Module, Mapping[str, Any]]]:
+    """Those of the named modules that host adapters, with what each hosts by adapter."""
+    return [
+        (name, module, cast(Bank, module._modules[ADAPTERS])._modules)
+        for name, module in modules
+        if isinstance(module, Adapted)
+    ]
 
 
 def welcome(module: nn.Module, host: Host, path: str) -> Bank:

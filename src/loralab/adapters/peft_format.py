@@ -141,7 +141,11 @@ def read_adapter(path: str | Path, *, proved_later: bool = False) -> Adapter:
         another content, are no faults: `facts["changed"]` names them, and whoever asks must hold
         the adapter against its probes.
     """
-    folder = Path(path)
+    return read_folder(Path(path), proved_later=proved_later)[0]
+
+
+def read_folder(folder: Path, *, proved_later: bool = False) -> tuple[Adapter, WeightsFile]:
+    """`read_adapter`, and the file that its tensors are views of."""
     faults: list[str] = []
     raw = _read_config(folder / CONFIG_FILE, faults)
     weights = _read_weights(folder, faults)
@@ -157,13 +161,13 @@ def read_adapter(path: str | Path, *, proved_later: bool = False) -> Adapter:
         probes = read_probes(folder, weights.metadata.get(CONTENT), faults, of_any=proved_later)
         if not proved_later:
             faults += changed
-    if faults or adapter is None:
+    if faults or adapter is None or weights is None:
         raise AdapterError(
             "\n  - ".join([f"{folder} is no usable adapter", *faults]),
             "fetch or save the adapter again; nothing was loaded.",
         )
     facts = {**adapter.facts, "changed": changed[0]} if changed else adapter.facts
-    return replace(adapter, probes=probes, facts=facts)
+    return replace(adapter, probes=probes, facts=facts), weights
 
 
 def outline_adapter(path: str | Path) -> Adapter:

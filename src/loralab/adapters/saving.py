@@ -1,7 +1,7 @@
 """Between a model and an adapter's folder."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def load_adapter(
 ) -> None:
     """Reads a PEFT folder and attaches it; see `install` for what is checked first."""
     with collector_paused():
-        _put_on(model, read_adapter(path), name, check_base, copy=False)
+        install(model, read_adapter(path), name, check_base=check_base, copy=False)
 
 
 @contextmanager
@@ -81,24 +81,35 @@ def install(
     the model is as before then.
     """
     with collector_paused():
-        _put_on(model, adapter, name, check_base, copy)
+        modules = dict(walk(model))
+        faults = misfits(adapter, modules)
+        if faults:
+            shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
+            raise AdapterError(
+                "\n  - ".join(["the adapter does not fit this model", *shown]),
+                "load the model that it was made for; nothing was changed.",
+            )
+        host = host_of(model)
+        if check_base and adapter.base is not None:
+            here = host.fingerprint if host is not None else fingerprint(model)
+            check_fingerprint(adapter.base, here or {})
+        put_on(model, adapter, name, modules, copy=copy)
 
 
-def _put_on(model: nn.Module, adapter: Adapter, name: str, check_base: bool, copy: bool) -> None:
-    """`install`; copy: whether the adapter's own tensors are to stay out of it."""
+def put_on(
+    model: nn.Module,
+    adapter: Adapter,
+    name: str,
+    modules: Mapping[str, nn.Module],
+    *,
+    copy: bool = False,
+) -> None:
+    """`install` of an adapter that was found to be of this base and to have no `misfits`.
+
+    modules: the model's own, by name (`walk`), which stay the same whatever the model hosts.
+    Raises `AdapterError` for a name that is taken or unusable.
+    """
     check_name(model, name)
-    modules = dict(walk(model))
-    faults = misfits(adapter, modules)
-    if faults:
-        shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
-        raise AdapterError(
-            "\n  - ".join(["the adapter does not fit this model", *shown]),
-            "load the model that it was made for; nothing was changed.",
-        )
-    host = host_of(model)
-    if check_base and adapter.base is not None:
-        here = host.fingerprint if host is not None else fingerprint(model)
-        check_fingerprint(adapter.base, here or {})
     copies = {path: _filled(modules[path], path, adapter, copy) for path in adapter.whole_modules}
     biases = biases_of(adapter)
     installer = Installer(model, adapter.config, name, modules)
@@ -106,6 +117,8 @@ def _put_on(model: nn.Module, adapter: Adapter, name: str, check_base: bool, cop
     installer.host.probes[name] = adapter.probes
 
     def own(tensor: Tensor, device: torch.device) -> Tensor:
+        if not copy and tensor.dtype == torch.float32 and tensor.device == device:
+            return tensor  # which `to` finds out in three times the time
         return tensor.to(device=device, dtype=torch.float32, copy=copy)
 
     for path, (A, B) in adapter.pairs.items():

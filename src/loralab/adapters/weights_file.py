@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from loralab.adapters.buffers import fresh_bytes
 
 CHECKSUM = "loralab.checksum"
 UNSET = 16 * "0"  # stands in the checksum's place while it is computed
@@ -58,6 +60,8 @@ class WeightsFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     header_checksum: int
+    start: int  # of the tensors' bytes in the file
+    data: Tensor  # these bytes, which all tensors are views of
     digest: Future[tuple[int, bool]]  # made in a thread of its own while the tensors are sorted
 
     def is_intact(self) -> bool:
@@ -85,13 +89,8 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 def read(file: Path) -> WeightsFile:
     """Reads a file. Raises `ValueError` that says what is damaged, `OSError` as opening does."""
     with file.open("rb") as handle:
-        size = os.fstat(handle.fileno()).st_size
-        prefix = handle.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(f"its header says {length} bytes, the file has {size}")
-        header = handle.read(length)
-        data = torch.empty(size - 8 - length, dtype=torch.uint8)  # aligned, unlike bytes
+        prefix, header, num_bytes = _read_header(handle, MAX_HEADER_BYTES)
+        data = fresh_bytes(num_bytes)
         buffer = data.numpy().data
         worker = ThreadPoolExecutor(1)
         filled = worker.submit(handle.readinto, buffer)
@@ -105,7 +104,8 @@ def read(file: Path) -> WeightsFile:
     if num_read != len(data):
         raise ValueError("it ends before its header says")
     zeroed = header.replace(_entry(metadata.get(CHECKSUM, UNSET)), _entry(UNSET), 1)
-    return WeightsFile(tensors, metadata, zlib.crc32(prefix + zeroed), digest)
+    checksum, start = zlib.crc32(prefix + zeroed), len(prefix) + len(header)
+    return WeightsFile(tensors, metadata, checksum, start, data, digest)
 
 
 def read_header(
@@ -113,12 +113,18 @@ def read_header(
 ) -> tuple[dict[str, Span], dict[str, str]]:
     """(tensors, metadata) as the header has them; no tensor is read. Raises as `read` does."""
     with file.open("rb") as handle:
-        size = os.fstat(handle.fileno()).st_size
-        prefix = handle.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, max_bytes):
-            raise ValueError(f"its header says {length} bytes, the file has {size}")
-        return parse_header(handle.read(length), size - 8 - length)
+        _, header, num_bytes = _read_header(handle, max_bytes)
+        return parse_header(header, num_bytes)
+
+
+def _read_header(handle: BinaryIO, max_bytes: int) -> tuple[bytes, bytes, int]:
+    """(the header's length as it stands there, the header, how many bytes of tensors follow)."""
+    size = os.fstat(handle.fileno()).st_size
+    prefix = handle.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(size - 8, max_bytes):
+        raise ValueError(f"its header says {length} bytes, the file has {size}")
+    return prefix, handle.read(length), size - 8 - length
 
 
 def _digest(buffer: memoryview) -> tuple[int, bool]:

@@ -1,5 +1,6 @@
 """Adapters put into a running engine: attached between its steps, and proved by its own answers."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -13,7 +14,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from loralab.adapters import Adapter, detach, fingerprint, hosted, install, misfits, walk
+from loralab.adapters import (
+    Adapter,
+    check_fingerprint,
+    collector_paused,
+    detach,
+    fingerprint,
+    hosted,
+    misfits,
+    put_on,
+    walk,
+)
 from loralab.errors import AdapterError, OutputError, RequestError
 from loralab.files import write_json
 from loralab.serving.engine import Engine
@@ -47,7 +58,8 @@ class EnginePlace:
         self.engine, self.model = engine, model
         self.prompts, self.cache, self.require_probes = prompts, cache, require_probes
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        self.base = _hash(fingerprint(model))
+        self._fingerprint = fingerprint(model)
+        self.base = _hash(self._fingerprint)
         self._modules = dict(walk(model))
         self._base_answers: dict[tuple[int, ...], float] = {}
 
@@ -56,11 +68,20 @@ class EnginePlace:
         return misfits(outline, self._modules)
 
     def attach(self, version: Version, adapter: Adapter) -> Proof:
-        """Hosts the adapter and proves it. Raises `AdapterError`; it is not hosted then."""
-        self.engine.call(
-            lambda: install(self.model, adapter, version.hosted, copy=False),
-            only=(version.hosted,),
-        ).result()
+        """Hosts an adapter without `misfits` and proves it.
+
+        What can be made ready beside the engine's steps is made on the caller's thread. Raises
+        `AdapterError`; the adapter is not hosted then.
+        """
+        if adapter.base is not None:
+            check_fingerprint(adapter.base, self._fingerprint)
+        with collector_paused():
+            if self.engine.runner is not None:
+                self.engine.runner.prepare(version.hosted, adapter)
+            self.engine.call(
+                lambda: put_on(self.model, adapter, version.hosted, self._modules),
+                only=(version.hosted,),
+            ).result()
         try:
             return self._proof(version, adapter)
         except BaseException:
@@ -148,14 +169,7 @@ class EnginePlace:
             return None
         how = type(self.engine.runner or self.engine.encoder).__name__
         probes = [asdict(probe) for probe in adapter.probes]
-        facts = [
-            PROOF_VERSION,
-            metadata.version("loralab"),
-            torch.__version__,
-            self.dtype,
-            how,
-            probes,
-        ]
+        facts = [PROOF_VERSION, _version(), torch.__version__, self.dtype, how, probes]
         return self.cache / self.base[:16] / f"{version.content}-{_hash(facts)[:16]}.json"
 
     def _known(self, version: Version, adapter: Adapter) -> Proof | None:
@@ -181,6 +195,11 @@ class EnginePlace:
 def _sum(score: "Future[list]") -> float:
     """Of all tokens after the first."""
     return sum(chosen.logprob for chosen in score.result()[1:])
+
+
+@functools.cache
+def _version() -> str:
+    return metadata.version("loralab")
 
 
 def _hash(facts: object) -> str:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loralab.adapters import use
+from loralab.adapters import Adapter, use
 from loralab.errors import ModelError, RouteError
 from loralab.serving.requests import Entry
 from loralab.serving.runner import Chunk
@@ -72,6 +72,9 @@ class PlainRunner:
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Makes the target slot hold the first tokens of the source slot."""
         self._cache.copy_prefix(source, target, num_tokens)
+
+    def prepare(self, name: str, adapter: Adapter) -> None:
+        """Nothing: hosting is all that it takes."""
 
     def adapters_changed(self, only: Collection[str] | None = None) -> None:
         """Nothing: the model itself is asked at every forward."""

@@ -7,6 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from loralab.adapters import Adapter
 from loralab.serving.requests import Entry
 
 Pooling = Literal["mean", "last"]
@@ -30,9 +31,9 @@ class Chunk:
 class Runner(Protocol):
     """A causal model with a cache of `num_slots` sequences of at most `max_tokens` tokens.
 
-    All methods are called on the engine's thread. The chunks of a call have different slots, at
-    least one token each, and may have any lengths; a chunk's answer must not depend on the others,
-    nor on what its slot or another held before (not even where that was NaN).
+    All methods but `prepare` are called on the engine's thread. The chunks of a call have different
+    slots, at least one token each, and may have any lengths; a chunk's answer must not depend on
+    the others, nor on what its slot or another held before (not even where that was NaN).
     """
 
     num_slots: int
@@ -49,6 +50,14 @@ class Runner(Protocol):
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Makes the target slot hold the first tokens of the source slot."""
+        ...
+
+    def prepare(self, name: str, adapter: Adapter) -> None:
+        """An adapter is about to be hosted under that name: it may be made ready meanwhile.
+
+        From any thread. `adapters_changed`, told of that name, takes what was made for the hosted
+        adapter, or drops it where none is hosted.
+        """
         ...
 
     def adapters_changed(self, only: Collection[str] | None = None) -> None:

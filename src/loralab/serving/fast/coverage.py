@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeGuard, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loralab.adapters import Pair, adapted_modules
+from loralab.adapters import Adapter, Pair, hosted_items, walk
 from loralab.serving.fast.decoder import Decoder
 
 
@@ -31,25 +31,24 @@ class Sites:
     """Where the decoder's projections are among all modules that host adapters."""
 
     def __init__(self, model: nn.Module, decoder: Decoder) -> None:
-        self._model = model
+        self._modules = list(walk(model))
         self._size = len(decoder.blocks), len(decoder.blocks[0].projections)
         self._places = {
             projection.module: (number, index)
             for number, block in enumerate(decoder.blocks)
             for index, projection in enumerate(block.projections)
         }
+        self._places_by_path = {
+            path: self._places[module] for path, module in self._modules if module in self._places
+        }
 
     def hosts(self) -> Hosts:
         """All modules that host adapters now, with what each hosts."""
-        return [
-            (path, module, cast(Any, module).adapters._modules)
-            for path, module in adapted_modules(self._model)
-        ]
+        return hosted_items(self._modules)
 
     def factors(self, hosts: Hosts, name: str) -> Table | str:
-        """The adapter's factors, or the reason why the step does not cover it."""
-        num_blocks, num_projections = self._size
-        table: Table = [[None] * num_projections for _ in range(num_blocks)]
+        """The hosted adapter's factors, or the reason why the step does not cover it."""
+        table = self._empty_table()
         for path, module, items in hosts:
             if name not in items:
                 continue
@@ -58,6 +57,22 @@ class Sites:
                 return f"what it changes at {path!r} is more than a pair on a block's projection"
             table[place[0]][place[1]] = _factors(item)
         return table
+
+    def factors_of(self, adapter: Adapter) -> Table | None:
+        """The factors of an adapter that is to be hosted; None where the step may not cover it."""
+        if adapter.extra or adapter.magnitudes or adapter.token_rows:
+            return None
+        table = self._empty_table()
+        for path, (A, B) in adapter.pairs.items():
+            if path not in self._places_by_path:
+                return None
+            number, index = self._places_by_path[path]
+            table[number][index] = Factors(A, B, adapter.scale(path))
+        return table
+
+    def _empty_table(self) -> Table:
+        num_blocks, num_projections = self._size
+        return [[None] * num_projections for _ in range(num_blocks)]
 
 
 # Straight from the tables of parameters: hundreds of pairs are looked at when an adapter is loaded.

@@ -6,6 +6,7 @@ kernel's layout, so that it comes and goes without touching another.
 
 import ctypes
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import c_int64, c_void_p
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +28,6 @@ KERNEL = Kernel("decoder", Path(__file__).with_name("kernel"), ("-pthread",))
 
 _INPUT_MULTIPLE = 32  # numbers of half precision in 64 bytes
 _MOST_BLOCKS = 300
-_MOST_SPARE = 2  # adapters' memory kept for those that come next
 _REFERENCES_OF_POOL = 2  # the list and the argument of `getrefcount`
 _SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -81,13 +81,13 @@ class KernelStep:
         self._run = getattr(library, f"loralab_run_{suffix}")
         self._pack = getattr(library, f"loralab_pack_{suffix}")
         self._run.argtypes = (c_void_p, c_void_p, ctypes.c_int)
-        self._pack.argtypes = (c_void_p, c_int64, ctypes.c_int)
+        self._pack.argtypes = (c_void_p, c_int64)
         self._run.restype = self._pack.restype = None
         check_sizes(library)
         self.decoder = decoder
         self.cache = Cache(decoder, num_slots, max_tokens)
         self._adapters: dict[str, Packed] = {}
-        self._spare: list[Tensor] = []
+        self._copying = ThreadPoolExecutor(1, thread_name_prefix="packing")
         self._kept: list[Tensor] = []
         self._pool = _Pool()
         self._places: list[int] = []
@@ -152,18 +152,23 @@ class KernelStep:
         """Makes the target slot hold the first tokens of the source slot."""
         self.cache.copy_prefix(source, target, num_tokens)
 
-    def put(self, name: str, table: Table) -> None:
-        """Copies an adapter's factors into the kernel's layout."""
-        spare = self._spare.pop() if self._spare else None
-        copies, packed = pack(table, self.decoder.dtype, spare)
-        self._pack(copies.jobs, len(copies.jobs), torch.get_num_threads())
-        self._adapters[name] = packed
+    def prepare(self, table: Table) -> "Future[Packed]":
+        """An adapter's factors in the kernel's layout, copied by a thread of its own."""
+        copies, packed = pack(table, self.decoder.dtype)
+
+        def copy() -> Packed:
+            self._pack(copies.jobs, len(copies.jobs))
+            return packed
+
+        return self._copying.submit(copy)
+
+    def put(self, name: str, prepared: "Future[Packed]") -> None:
+        """Serves what was prepared under that name."""
+        self._adapters[name] = prepared.result()
 
     def remove(self, name: str) -> None:
-        """Lets an adapter go; its memory serves the next one."""
-        packed = self._adapters.pop(name, None)
-        if packed is not None and len(self._spare) < _MOST_SPARE:
-            self._spare.append(packed.memory)
+        """Lets an adapter go."""
+        self._adapters.pop(name, None)
 
     @torch.no_grad()
     def run(self, batch: Batch) -> Float[Tensor, "wanted vocab"]:

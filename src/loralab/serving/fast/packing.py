@@ -5,17 +5,23 @@ outputs. So what the kernel reads together lies together.
 """
 
 import ctypes
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from loralab.adapters import fresh_bytes
 from loralab.serving.fast.coverage import Factors, Table
 from loralab.serving.fast.structures import Packing, Pair
 
 RANK_MULTIPLE, TILE_OUTPUTS, LINE_BYTES = 4, 32, 64
 _INPUTS = ((0, 1, 2), (3,), (4, 5), (6,))
 """The projections of a block by the input they read."""
+_Size = tuple[int, int, int]
+"""Rank, inputs and outputs of a pair."""
 
 
 class Packed(NamedTuple):
@@ -30,59 +36,95 @@ class Copies(NamedTuple):
     """What the kernel copies. factors: kept alive, since `jobs` has their addresses alone."""
 
     jobs: "ctypes.Array[Packing]"
-    factors: list[tuple[Tensor, Tensor]]
+    factors: list[Tensor]
 
 
-def pack(table: Table, dtype: torch.dtype, spare: Tensor | None = None) -> tuple[Copies, Packed]:
-    """The adapter's places, and the copies that fill them (the kernel makes them).
+def pack(table: Table, dtype: torch.dtype) -> tuple[Copies, Packed]:
+    """The adapter's places, and the copies that fill them (the kernel makes them)."""
+    given = [factors for block in table for factors in block]
+    sizes = tuple(None if factors is None else _size(factors) for factors in given)
+    layout = _layout(sizes, len(table[0]), dtype.itemsize)
+    memory = fresh_bytes(layout.num_bytes + LINE_BYTES)
+    start = _aligned(memory.data_ptr())
+    factors = [_ready(factor) for each in given if each is not None for factor in each[:2]]
+    addresses = np.array([factor.data_ptr() for factor in factors], dtype=np.int64).reshape(-1, 2)
 
-    spare: memory of an adapter that has gone, used again where it is large enough.
+    jobs = (Packing * len(layout.present))()
+    job = _fields(jobs)
+    job["A"], job["B"] = addresses[:, 0], addresses[:, 1]
+    job["rank"], job["inputs"], job["outputs"] = layout.sizes.T
+    job["to_A"], job["to_B"] = start + layout.A, start + layout.B
+
+    pairs = (Pair * len(given))()
+    pair = _fields(pairs)
+    at = layout.present
+    pair["A"][at], pair["B"][at] = start + layout.A, start + layout.B
+    pair["rank"][at] = layout.ranks
+    pair["scale"][at] = [each.scale for each in given if each is not None]
+    return Copies(jobs, factors), Packed(pairs, memory, int(layout.ranks.max(initial=0)))
+
+
+class _Layout(NamedTuple):
+    """Where the pairs of adapters of one shape are, counted in bytes from the first.
+
+    present: numbers of the pairs that there are; all others are by these. ranks: in fours.
     """
-    pieces = [piece for number, block in enumerate(table) for piece in _pieces(number, block)]
-    sizes = [_bytes(factors, is_A, dtype) for _, factors, is_A in pieces]
-    needed = sum(sizes) + LINE_BYTES
-    fits = spare is not None and needed <= len(spare) <= 2 * needed
-    memory = spare if fits and spare is not None else torch.empty(needed, dtype=torch.uint8)
-    pairs = (Pair * sum(map(len, table)))()
-    at = _aligned(memory.data_ptr())
-    for (index, factors, is_A), size in zip(pieces, sizes, strict=True):
-        pair = pairs[index]
-        pair.rank, pair.scale = _padded(factors), factors.scale
-        setattr(pair, "A" if is_A else "B", at)
-        at += size
-    ready = {index: _ready(factors) for index, factors, is_A in pieces if is_A}
-    jobs = (Packing * len(ready))()
-    for job, (index, (A, B)) in zip(jobs, ready.items(), strict=True):
-        job.A, job.B = A.data_ptr(), B.data_ptr()
-        (job.rank, job.inputs), job.outputs = A.shape, B.shape[0]
-        job.to_A, job.to_B = pairs[index].A, pairs[index].B
-    most_rank = max((pair.rank for pair in pairs), default=0)
-    return Copies(jobs, list(ready.values())), Packed(pairs, memory, most_rank)
+
+    num_bytes: int
+    present: Int64[np.ndarray, " pairs"]
+    sizes: Int64[np.ndarray, "pairs 3"]
+    ranks: Int64[np.ndarray, " pairs"]
+    A: Int64[np.ndarray, " pairs"]
+    B: Int64[np.ndarray, " pairs"]
 
 
-def _pieces(number: int, block: list[Factors | None]) -> list[tuple[int, Factors, bool]]:
-    """(place among all pairs, factors, whether it is A) in the order of memory."""
-    found = []
-    for members in _INPUTS:
-        present = [(member, each) for member in members if (each := block[member]) is not None]
-        for is_A in (True, False):
-            found += [(number * len(block) + member, each, is_A) for member, each in present]
-    return found
+@functools.lru_cache(maxsize=32)
+def _layout(sizes: tuple[_Size | None, ...], per_block: int, item_bytes: int) -> _Layout:
+    """The layout for pairs of these sizes, so many a block; None where a block has none."""
+    starts: dict[tuple[int, bool], int] = {}
+    end = 0
+    for first in range(0, len(sizes), per_block):
+        for members in _INPUTS:
+            here = [(first + m, s) for m in members if (s := sizes[first + m]) is not None]
+            for is_A in (True, False):
+                for index, size in here:
+                    starts[index, is_A] = end
+                    end += _bytes(size, is_A, item_bytes)
+    present = [index for index, size in enumerate(sizes) if size is not None]
+    found = [size for size in sizes if size is not None]
+    return _Layout(
+        end,
+        np.array(present, dtype=np.int64),
+        np.array(found, dtype=np.int64).reshape(-1, 3),
+        np.array([_multiple(rank, RANK_MULTIPLE) for rank, _, _ in found], dtype=np.int64),
+        np.array([starts[index, True] for index in present], dtype=np.int64),
+        np.array([starts[index, False] for index in present], dtype=np.int64),
+    )
 
 
-def _bytes(factors: Factors, is_A: bool, dtype: torch.dtype) -> int:
-    outputs = -(-factors.B.shape[0] // TILE_OUTPUTS) * TILE_OUTPUTS
-    numbers = factors.A.shape[1] if is_A else outputs
-    return _aligned(_padded(factors) * numbers * dtype.itemsize)
+def _fields(structures: "ctypes.Array[Any]") -> Any:
+    """The structures as numpy sees them: all values of a field at once."""
+    return np.frombuffer(memoryview(structures), dtype=np.dtype(structures._type_))
 
 
-def _padded(factors: Factors) -> int:
-    return -(-factors.A.shape[0] // RANK_MULTIPLE) * RANK_MULTIPLE
+def _bytes(size: _Size, is_A: bool, item_bytes: int) -> int:
+    rank, inputs, outputs = size
+    numbers = inputs if is_A else _multiple(outputs, TILE_OUTPUTS)
+    return _aligned(_multiple(rank, RANK_MULTIPLE) * numbers * item_bytes)
 
 
-def _ready(factors: Factors) -> tuple[Tensor, Tensor]:
-    return factors.A.float().contiguous(), factors.B.float().contiguous()
+def _size(factors: Factors) -> _Size:
+    rank, inputs = factors.A.shape
+    return rank, inputs, factors.B.shape[0]
+
+
+def _ready(factor: Float[Tensor, "_rows _columns"]) -> Float[Tensor, "_rows _columns"]:
+    return factor.float().contiguous()
 
 
 def _aligned(number: int) -> int:
-    return -(-number // LINE_BYTES) * LINE_BYTES
+    return _multiple(number, LINE_BYTES)
+
+
+def _multiple(number: int, of: int) -> int:
+    return -(-number // of) * of

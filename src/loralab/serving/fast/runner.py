@@ -8,12 +8,13 @@ the plain runner's.
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loralab.adapters import hosted, merged_name
+from loralab.adapters import Adapter, hosted, merged_name
 from loralab.errors import RouteError
 from loralab.native import load_kernel
 from loralab.serving.fast.batch import flatten, mix_of
@@ -83,6 +84,7 @@ class FastRunner:
         self._plain: Runner | None = None
         self._held = [_Held() for _ in range(num_slots)]
         self._versions: dict[str, Version] = {}  # of those that the step has
+        self._prepared: dict[str, Any] = {}  # of those that come
         self._order: dict[str, int] = {}
         self._merged: str | None = None
         self.adapters_changed()
@@ -123,6 +125,12 @@ class FastRunner:
             self._plain_runner().copy_prefix(source, target, num_tokens)
         self._held[target] = _Held(held.is_fast, held.token_ids[:num_tokens])
 
+    def prepare(self, name: str, adapter: Adapter) -> None:
+        """Copies the factors of an adapter that is about to be hosted; from any thread."""
+        table = self._sites.factors_of(adapter)
+        if table is not None:
+            self._prepared[name] = self.step.prepare(table)
+
     def adapters_changed(self, only: Collection[str] | None = None) -> None:
         """Adapters were attached, detached, merged into the weights, or the base was restored."""
         hosts, names = self._sites.hosts(), hosted(self._model)
@@ -138,19 +146,25 @@ class FastRunner:
             known = self._versions.get(name)
             if known is None or not known.holds(hosts, name):
                 self._make_ready(hosts, name)
-        self._merged = merged_name(self._model)
-        self.step.base_changed()
+        for name in only or ():
+            self._prepared.pop(name, None)  # it was not hosted after all
+        if only is None:
+            self._merged = merged_name(self._model)
+            self.step.base_changed()
         if self._plain is not None:
             self._plain.adapters_changed()
 
     def _make_ready(self, hosts: Hosts, name: str) -> None:
-        table = self._sites.factors(hosts, name)
-        if isinstance(table, str):
-            self.uncovered[name] = table
-            self._forget(name)
-        else:
-            self.step.put(name, table)
-            self._versions[name] = Version(hosts, name)
+        prepared = self._prepared.pop(name, None)
+        if prepared is None:
+            table = self._sites.factors(hosts, name)
+            if isinstance(table, str):
+                self.uncovered[name] = table
+                self._forget(name)
+                return
+            prepared = self.step.prepare(table)
+        self.step.put(name, prepared)
+        self._versions[name] = Version(hosts, name)
 
     def _forget(self, name: str) -> None:
         if self._versions.pop(name, None) is not None:

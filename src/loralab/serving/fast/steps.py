@@ -1,7 +1,7 @@
 """What carries a batch of tokens through the decoder: torch's operations, or the kernel."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,12 @@ class Step(Protocol):
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None: ...
 
-    def put(self, name: str, table: Table) -> None:
-        """Makes an adapter ready under its name."""
+    def prepare(self, table: Table) -> Any:
+        """What the step keeps of an adapter; from any thread."""
+        ...
+
+    def put(self, name: str, prepared: Any) -> None:
+        """Serves what was prepared under that name."""
         ...
 
     def remove(self, name: str) -> None: ...
@@ -65,8 +69,8 @@ class TorchStep:
         self.cache = Cache(decoder, num_slots, max_tokens)
         self._tables: dict[str, Table] = {}
 
-    def put(self, name: str, table: Table) -> None:
-        """Keeps the factors in the base's dtype."""
+    def prepare(self, table: Table) -> Table:
+        """The factors in the base's dtype; from any thread."""
 
         def ready(factors: Factors | None) -> Factors | None:
             if factors is None:
@@ -74,7 +78,11 @@ class TorchStep:
             A, B = (factor.to(self.decoder.device, self.decoder.dtype) for factor in factors[:2])
             return Factors(A, B, factors.scale)
 
-        self._tables[name] = [[ready(each) for each in block] for block in table]
+        return [[ready(each) for each in block] for block in table]
+
+    def put(self, name: str, prepared: Table) -> None:
+        """Serves what was prepared under that name."""
+        self._tables[name] = prepared
 
     def remove(self, name: str) -> None:
         """Lets an adapter go."""

@@ -43,13 +43,6 @@ class Entry:
         """The version that new requests get."""
         return self.candidate or self.version
 
-    @property
-    def known(self) -> dict[Stamp, str]:
-        """The content of what was read last, by its stamp; empty where it was refused."""
-        if self.wanted is None or self.seen is None or self.refused is not None:
-            return {}
-        return {self.seen: self.wanted.content}
-
     def was_read(self, version: Version, stamp: Stamp) -> None:
         """The folder holds this version."""
         self.seen, self.refused = stamp, None

@@ -1,17 +1,29 @@
 """From a folder to a value: everything that can be known before is checked before it is read."""
 
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from loralab.adapters import Adapter, content_hash, outline_adapter, read_adapter
+from loralab.adapters import (
+    Adapter,
+    Blueprint,
+    collector_paused,
+    content_hash,
+    outline_adapter,
+    read_with_blueprint,
+)
 from loralab.errors import AdapterError
 from loralab.serving.store.registry import FILES, Registry, Stamp
 
 MIB = 2**20
 SETTLING_SECONDS = 0.1  # between looks at a folder that is being written
 ATTEMPTS = 5
+MOST_CONTENTS, MOST_BLUEPRINTS = 100_000, 256  # some 300 bytes, and 200 kB, each
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,73 +47,103 @@ class Stored:
     rank: int
 
 
-def read_checked(
-    registry: Registry,
-    name: str,
-    limits: Limits,
-    misfits: Callable[[Adapter], list[str]],
-    known: Mapping[Stamp, str] | None = None,
-) -> Stored:
-    """Reads the adapter in that folder.
+class Reader:
+    """Reads the registry's folders; safe between threads.
 
-    known: content hashes of what was checked before, by stamp: it is neither checked nor hashed
-    once more.
+    misfits: what keeps an adapter of these names and shapes from being served.
 
-    Sizes of files, settings, names, shapes and ranks are compared with the limits and with the
-    model (`misfits`) before any tensor is read. A folder that changes meanwhile is read again.
-
-    Raises `AdapterError` that lists everything that is wrong, or as `Registry.folder` does.
+    It remembers what it read by the files' stamps, as long as these were settled. A folder whose
+    stamp is known was read, checked and hashed before, and has not been written to since: of such a
+    folder the tensors alone are read.
     """
-    for _ in range(ATTEMPTS):
-        stamp = registry.stamp(name)
-        folder = registry.folder(name)
-        try:
-            if known is not None and stamp in known:
-                found = _stored(read_adapter(folder, proved_later=True), known[stamp], stamp)
-            else:
-                found = _read(folder, name, stamp, limits, misfits)
-        except AdapterError as error:
-            found = error
-        if registry.stamp(name) == stamp:
-            if isinstance(found, AdapterError):
-                raise found
-            return found
-        time.sleep(SETTLING_SECONDS)
-    raise AdapterError(
-        f"adapter {name!r} changed while it was read, {ATTEMPTS} times in a row",
-        "write it to a folder aside and rename that folder.",
-    )
 
+    def __init__(
+        self, registry: Registry, limits: Limits, misfits: Callable[[Adapter], list[str]]
+    ) -> None:
+        self.registry, self.limits, self.misfits = registry, limits, misfits
+        self._contents: OrderedDict[Stamp, str] = OrderedDict()
+        self._blueprints: OrderedDict[Stamp, Blueprint] = OrderedDict()
+        self._lock = threading.Lock()
 
-def _read(
-    folder: Path,
-    name: str,
-    stamp: Stamp,
-    limits: Limits,
-    misfits: Callable[[Adapter], list[str]],
-) -> Stored:
-    most = (limits.config_bytes, limits.weights_bytes, limits.probes_bytes)
-    caps: dict[str, int] = dict(zip(FILES, most, strict=True))
-    sizes = {file: size for file, _, size, _, _ in stamp.files}
-    faults = [
-        f"{file} has {size} bytes, at most {caps[file]} are read"
-        for file, size in sizes.items()
-        if size > caps[file]
-    ]
-    if not faults:
-        outline = outline_adapter(folder)
-        rank = _rank(outline)
-        if rank > limits.rank:
-            faults.append(f"its rank is {rank}, this server takes at most {limits.rank}")
-        faults += misfits(outline)
+    def read(self, name: str) -> Stored:
+        """The adapter in that folder.
+
+        Sizes of files, settings, names, shapes and ranks are compared with the limits and with the
+        model before any tensor is read. A folder that changes meanwhile is read again.
+
+        Raises `AdapterError` that lists everything that is wrong, or as `Registry.folder` does.
+        """
+        for _ in range(ATTEMPTS):
+            stamp = self.registry.stamp(name)
+            try:
+                found = self._read(name, stamp)
+            except AdapterError as error:
+                found = error
+            if self.registry.stamp(name) == stamp:
+                if isinstance(found, AdapterError):
+                    raise found
+                return found
+            time.sleep(SETTLING_SECONDS)
+        raise AdapterError(
+            f"adapter {name!r} changed while it was read, {ATTEMPTS} times in a row",
+            "write it to a folder aside and rename that folder.",
+        )
+
+    def _read(self, name: str, stamp: Stamp) -> Stored:
+        folder = self.registry.folder(name)
+        with self._lock:
+            content = _used(self._contents, stamp)
+            blueprint = _used(self._blueprints, stamp)
+        if content is not None and blueprint is not None:
+            with collector_paused():
+                return _stored(blueprint.read(folder), content, stamp)
+        if content is None:
+            self._check_outline(folder, name, stamp)
+        adapter, blueprint = read_with_blueprint(folder)
+        stored = _stored(adapter, content or content_hash(adapter), stamp)
+        if stamp.settled:
+            with self._lock:
+                _keep(self._contents, stamp, stored.content, MOST_CONTENTS)
+                if blueprint is not None:
+                    _keep(self._blueprints, stamp, blueprint, MOST_BLUEPRINTS)
+        return stored
+
+    def _check_outline(self, folder: Path, name: str, stamp: Stamp) -> None:
+        limits = self.limits
+        most = (limits.config_bytes, limits.weights_bytes, limits.probes_bytes)
+        caps: dict[str, int] = dict(zip(FILES, most, strict=True))
+        sizes = {file: size for file, _, size, _, _ in stamp.files}
+        faults = [
+            f"{file} has {size} bytes, at most {caps[file]} are read"
+            for file, size in sizes.items()
+            if size > caps[file]
+        ]
         if not faults:
-            adapter = read_adapter(folder, proved_later=True)
-            return _stored(adapter, content_hash(adapter), stamp)
-    shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
-    raise AdapterError(
-        "\n  - ".join([f"adapter {name!r} cannot be served here", *shown]),
-        "serve it on the base that it was made for; nothing of it was read.",
-    )
+            outline = outline_adapter(folder)
+            rank = _rank(outline)
+            if rank > limits.rank:
+                faults.append(f"its rank is {rank}, this server takes at most {limits.rank}")
+            faults += self.misfits(outline)
+        if not faults:
+            return
+        shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
+        raise AdapterError(
+            "\n  - ".join([f"adapter {name!r} cannot be served here", *shown]),
+            "serve it on the base that it was made for; nothing of it was read.",
+        )
+
+
+def _used(kept: OrderedDict[Stamp, T], stamp: Stamp) -> T | None:
+    if stamp in kept:
+        kept.move_to_end(stamp)
+    return kept.get(stamp)
+
+
+def _keep(kept: OrderedDict[Stamp, T], stamp: Stamp, value: T, most: int) -> None:
+    """The least recently used makes room."""
+    kept[stamp] = value
+    if len(kept) > most:
+        kept.popitem(last=False)
 
 
 def _stored(adapter: Adapter, content: str, stamp: Stamp) -> Stored:

@@ -2,7 +2,8 @@
 
 import re
 import stat
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loralab.errors import AdapterError, ForbiddenError, UnknownAdapterError, nearest
@@ -19,15 +20,22 @@ def is_name(name: str) -> bool:
     return re.fullmatch(NAME, name) is not None
 
 
+SETTLED_SECONDS = 2.0  # the coarsest clock that file systems put on a file
+
+
 @dataclass(frozen=True)
 class Stamp:
     """What tells a folder's content apart without reading it: each file's identity, size, times.
 
     A change gives another stamp: a file's change time moves even where a writer puts the
     modification time back.
+
+    settled: when the stamp was taken the files had been left alone for so long that no later write
+        can have the same time. Until then two contents may have one stamp.
     """
 
     files: tuple[tuple[str, int, int, int, int], ...]
+    settled: bool = field(compare=False)
 
 
 class Registry:
@@ -78,7 +86,7 @@ class Registry:
         A link out of the folder, a pipe or a device in the place of a file is never opened.
         """
         folder = self.folder(name)
-        found = []
+        found, now = [], time.time()
         for file in FILES:
             path = folder / file
             try:
@@ -94,7 +102,8 @@ class Registry:
             found.append((file, *identity))
         if not found:
             raise UnknownAdapterError(f"{name!r} holds no adapter", self._hint(name))
-        return Stamp(tuple(found))
+        newest = max(change_time for *_, change_time in found) / 1e9
+        return Stamp(tuple(found), settled=now - newest > SETTLED_SECONDS)
 
     def _inside(self, path: Path) -> bool:
         try:

@@ -11,14 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, runtime_checkable
 
 from loralab.adapters import Adapter
 from loralab.errors import AdapterError, CapacityError, LoralabError, RequestError
 from loralab.serving.store.leases import Lease, Waiter, fail, hand_over
 from loralab.serving.store.memory import Memory
 from loralab.serving.store.names import Entry, Names
-from loralab.serving.store.reading import Limits, read_checked
+from loralab.serving.store.place import Place
+from loralab.serving.store.reading import Limits, Reader
 from loralab.serving.store.registry import Registry, Stamp
 from loralab.serving.store.scheduling import Slot, plan
 from loralab.serving.store.versions import AdapterState, Proof, StoreEvent, Tier, Version
@@ -26,23 +26,6 @@ from loralab.serving.store.working_set import WorkingSet
 
 logger = logging.getLogger("loralab")
 GIB = 2**30
-
-
-@runtime_checkable
-class Place(Protocol):
-    """Where adapters are put into service; its methods are called from the store's threads."""
-
-    def misfits(self, outline: Adapter) -> list[str]:
-        """What keeps an adapter of these names and shapes from being served; empty for nothing."""
-        ...
-
-    def attach(self, version: Version, adapter: Adapter) -> Proof:
-        """Puts it into the model under `version.hosted` and proves it; as before on any error."""
-        ...
-
-    def detach(self, version: Version) -> None:
-        """Takes it out of the model."""
-        ...
 
 
 class AdapterStore:
@@ -67,7 +50,7 @@ class AdapterStore:
     ) -> None:
         self.registry, self.place = registry, place
         self.num_slots, self.max_leases = num_slots, max_leases
-        self.limits = limits or Limits()
+        self._reader = Reader(registry, limits or Limits(), place.misfits)
         self.working_set = WorkingSet()
         self._on_event = on_event
         self._lock = threading.RLock()
@@ -86,7 +69,7 @@ class AdapterStore:
     def lease(self, names: Sequence[str]) -> "Future[Lease]":
         """The present versions of these adapters, once all of them are in the model.
 
-        The future fails as `read_checked` does, and with what the proof found. Cancelling it gives
+        The future fails as `Reader.read` does, and with what the proof found. Cancelling it gives
         the place in the queue away. Raises `UnknownAdapterError` (with the nearest name),
         `RequestError` for more adapters than there are slots, `CapacityError` once closed.
         """
@@ -268,11 +251,17 @@ class AdapterStore:
             del self._proofs[version]
 
     def _look(self, entry: Entry) -> None:
-        """Notices what happened to the folder: gone, or with other files than before."""
-        stamp = self._names.stamp(entry)
-        if stamp != entry.seen and not entry.stale:
+        """Notices what happened to the folder: gone, or with other files than before.
+
+        Files that were read while they were new are read once more, while their version serves.
+        """
+        stamp, seen = self._names.stamp(entry), entry.seen
+        if stamp != seen and not entry.stale:
             entry.reading = entry.stale = True
             self._threads.submit(self._read, entry, stamp)
+        elif seen is not None and stamp.settled > seen.settled and not entry.reading:
+            entry.reading = True
+            self._threads.submit(self._read, entry, stamp, keep=False)
 
     def _prefetch(self, version: Version) -> None:
         """Has a version read that will be wanted, while it waits for a slot."""
@@ -293,9 +282,7 @@ class AdapterStore:
         fault: Exception | None = None
         stored = None
         try:
-            stored = read_checked(
-                self.registry, entry.folder, self.limits, self.place.misfits, entry.known
-            )
+            stored = self._reader.read(entry.folder)
         except Exception as error:
             fault = error
         with self._lock:
@@ -346,11 +333,9 @@ class AdapterStore:
         with self._lock:
             adapter = self._memory.get(version)
             entry = self._names.find(version.name)
-            known = {} if entry is None else entry.known
         if adapter is not None:
             return adapter
-        folder = version.name if entry is None else entry.folder
-        stored = read_checked(self.registry, folder, self.limits, self.place.misfits, known)
+        stored = self._reader.read(version.name if entry is None else entry.folder)
         if stored.content != version.content:
             raise CapacityError(
                 f"adapter {version.fingerprint} was replaced while it was being loaded",

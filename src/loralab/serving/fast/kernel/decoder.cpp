@@ -8,6 +8,7 @@
 #include <cstddef>
 
 #include "attention.h"
+#include "packing.h"
 #include "pool.h"
 #include "products.h"
 
@@ -401,7 +402,7 @@ class Run {
   float *qkv_, *scores_;
 };
 
-// One step or packing at a time in a process: they share the team and the workspace.
+// One step at a time in a process: steps share the team and the workspace.
 std::mutex& turn() {
   static std::mutex mutex;
   return mutex;
@@ -416,14 +417,10 @@ void run(const Model* model, const Step* step, int threads) {
   team.run([&](int thread) { job(thread); });
 }
 
+// On the caller's thread alone, so that it may go on beside a step.
 template <class T>
-void pack_all(const Packing* jobs, int64_t count, int threads) {
-  std::lock_guard<std::mutex> lock(turn());
-  Team& team = team_of(threads);
-  team.run([&](int) {
-    int phase = 0;
-    team.share(phase, count, [&](int64_t piece, int64_t) { pack<T>(jobs[piece]); });
-  });
+void pack_all(const Packing* jobs, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) pack<T>(jobs[i]);
 }
 
 }  // namespace loralab
@@ -435,11 +432,11 @@ void loralab_run_fp32(const loralab::Model* m, const loralab::Step* s, int n) {
 void loralab_run_bf16(const loralab::Model* m, const loralab::Step* s, int n) {
   loralab::run<loralab::bf16>(m, s, n);
 }
-void loralab_pack_fp32(const loralab::Packing* jobs, int64_t count, int n) {
-  loralab::pack_all<float>(jobs, count, n);
+void loralab_pack_fp32(const loralab::Packing* jobs, int64_t count) {
+  loralab::pack_all<float>(jobs, count);
 }
-void loralab_pack_bf16(const loralab::Packing* jobs, int64_t count, int n) {
-  loralab::pack_all<loralab::bf16>(jobs, count, n);
+void loralab_pack_bf16(const loralab::Packing* jobs, int64_t count) {
+  loralab::pack_all<loralab::bf16>(jobs, count);
 }
 // The sizes of the structures, so that the caller can see that it means the same ones.
 int64_t loralab_sizes() {

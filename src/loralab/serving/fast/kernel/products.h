@@ -200,37 +200,4 @@ inline void expand(float (*const* tile)[COLUMNS], const T* const* hidden, int ro
 
 inline int64_t padded(int64_t number, int64_t to) { return (number + to - 1) / to * to; }
 
-// One pair's fp32 factors, and where they go in the form of `Pair`.
-struct Packing {
-  const float* A;
-  const float* B;
-  int64_t rank, in, out;
-  void* to_A;
-  void* to_B;
-};
-
-template <class T>
-void pack(const Packing& job) {
-  constexpr int PER = Pack<T>::PER_LANE;
-  const int64_t rank = padded(job.rank, 4), tile = rank * COLUMNS;
-  T* A = static_cast<T*>(job.to_A);
-  for (int64_t i = 0; i < job.rank * job.in; i += LANES)
-    store_floats(A + i, load_floats(job.A + i));
-  std::fill(A + job.rank * job.in, A + rank * job.in, T{});
-  T* B = static_cast<T*>(job.to_B);
-  std::fill(B, B + padded(job.out, COLUMNS) * rank, T{});
-  for (int64_t n = 0; n < job.out; ++n) {
-    T* to = B + n / COLUMNS * tile + n % COLUMNS * PER;
-    for (int64_t r = 0; r < job.rank; r += LANES) {
-      const int64_t count = std::min<int64_t>(LANES, job.rank - r);
-      float some[LANES] = {};
-      T as_T[LANES];
-      std::memcpy(some, job.B + n * job.rank + r, count * sizeof(float));
-      store_floats(as_T, load_floats(some));
-      for (int64_t i = 0; i < count; i += PER)
-        std::memcpy(to + (r + i) * COLUMNS, as_T + i, PER * sizeof(T));
-    }
-  }
-}
-
 }  // namespace loralab
