@@ -74,11 +74,16 @@ class ModelSection(Section):
         """`task` for what reads text. Raises `ConfigError` where it is "image"."""
         if self.task == "image":
             raise ConfigError(
-                f"{self.name} is an image model (model.task is 'image'), and this reads text",
-                "of image models there are train, doctor, generate --image, evaluate, inspect and"
-                " merge: docs/images.md.",
+                f"{self.name} is an image model (model.task is 'image'), and this is for language"
+                " models",
+                "image recipes go with `train` and `doctor`, their runs with `evaluate` and"
+                " `generate --image` (docs/images.md).",
             )
         return self.task
+
+    def check_reads_text(self) -> None:
+        """Raise `ConfigError` for an image model, before anything else is done."""
+        _ = self.text_task
 
 
 class DataSection(Section):

@@ -14,6 +14,8 @@ from loralab.models.convert import converted_folder
 from loralab.models.hub import HUB_ID, PICKLES, hub_folder, pickle_error
 from loralab.models.presets import PRESETS
 
+_DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"  # of a pipeline's part, such as unet/
+
 
 def model_folder(name: str) -> Path:
     """The local folder of the model called `name`; fetched or converted first where needed.
@@ -47,8 +49,10 @@ def model_folder(name: str) -> Path:
 
 def check_weights(folder: Path) -> None:
     """Raises `ModelError` that lists every weight file of `folder` that is missing or damaged."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
+    singles = [folder / name for name in ("model.safetensors", _DIFFUSERS_FILE)]
+    single = next((file for file in singles if file.is_file()), None)
+    index = folder / "model.safetensors.index.json"
+    if single is not None:
         files = [single]
     elif index.is_file():
         files = _indexed_files(index)

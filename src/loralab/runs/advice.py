@@ -31,6 +31,7 @@ def advice(config: RunConfig, *, listen: Listener = ignore) -> dict[str, Any]:
     labels: their entropy. Returns the document that docs/rank.md describes; raises `DataError`
     without training rows and any other `LoralabError` of the settings.
     """
+    config.model.check_reads_text()
     config = settle_dtype(config, listen)
     bench = open_workbench(config, listen)
     rows = bench.rows["train"]

@@ -53,6 +53,7 @@ def compare(config: RunConfig, output: str | Path, *, listen: Listener = ignore)
     Started again on the same folder it continues; with other settings it is refused.
     Raises any `LoralabError`; `Interrupted` after Ctrl-C.
     """
+    config.model.check_reads_text()
     folder = Path(output)
     if config.model.task == "causal" and "head" in config.compare.methods:
         raise ConfigError(

@@ -78,6 +78,7 @@ def convert(config: RunConfig, changes: Mapping[str, Any]) -> Conversion:
     Raises `ConfigError` for a change that is unknown or a bad value, or a recipe that trains no
     adapter; `AdapterError` for initialisations whose B does not start at zero.
     """
+    config.model.check_reads_text()
     old = config.method
     _check(old, changes)
     asked = config.replace(**{f"method__{key}": value for key, value in changes.items()}).method

@@ -5,7 +5,8 @@ from dataclasses import asdict
 from loralab.config import RunConfig
 from loralab.errors import TrainingError
 from loralab.events import Listener, Phase, ignore
-from loralab.runs.workbench import open_workbench
+from loralab.runs.images import examine_images
+from loralab.runs.workbench import open_workbench, settle_dtype
 from loralab.training import Finding, examine as examine_trainable
 
 
@@ -15,6 +16,9 @@ def examine(config: RunConfig, *, listen: Listener = ignore) -> list[dict[str, s
     Leaves nothing on disk. Raises what `train` would raise for settings, data or a model that
     cannot be used at all.
     """
+    config = settle_dtype(config, listen)
+    if config.model.task == "image":
+        return [asdict(finding) for finding in examine_images(config, listen)]
     bench = open_workbench(config, listen)
     trainable = bench.trainable(config)
     listen(Phase("two training steps"))

@@ -15,6 +15,7 @@ from loralab.events import Listener, Phase, ignore
 from loralab.files import write_json, write_json_lines
 from loralab.measuring import check_probes, classification_metrics, completion_metrics
 from loralab.runs.folder import HEAD_FILE, Run, open_run
+from loralab.runs.images import evaluate_images
 from loralab.runs.workbench import Workbench, base_model, open_workbench
 from loralab.training import ADAPTER_NAME, Prediction, choose_device, predict, use_threads
 
@@ -33,12 +34,15 @@ def evaluate(
     """Score a finished run on a split of its own data, or on other rows.
 
     `data` is a catalogue name, hub id or folder (its `split` is used) or a file (all its rows).
-    On the run's own data the rows and figures are stored in the run's `evaluation/`.
+    On the run's own data the rows and figures are stored in the run's `evaluation/`. A run of an
+    image model is judged on images that it draws.
 
     Returns the figures: `metrics` with 95 % intervals, rows, documents. Raises `RunError` where
     the run is not finished, `DataError` for rows that do not fit its task.
     """
     run = run if isinstance(run, Run) else open_run(run)
+    if run.config.model.task == "image":
+        return evaluate_images(run, data=data, split=split, listen=listen)
     _ = run.artifact  # not finished, or removed: say so before reading data
     bench = workbench or open_workbench(run.config, listen)
     encoded = bench.rows[split] if data is None else _other_rows(run, bench, data, split)

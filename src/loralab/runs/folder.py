@@ -43,9 +43,12 @@ class Run:
     def artifact(self) -> Path:
         """The trained adapter's or model's folder. Raises `RunError` for none, or several."""
         if self.config.model.task == "image" and self.finished:
+            names = list(self.manifest["adapters"])
             raise RunError(
-                f"{self.folder} holds several adapters: {', '.join(self.manifest['adapters'])}",
-                f"give one of them: {self.folder / next(iter(self.manifest['adapters']))}.",
+                f"{self.folder} is a run of an image model, with adapters {', '.join(names)}",
+                "`evaluate` and `generate --image` take the run; `inspect`, `merge`, `combine`, "
+                f"`explain` and `export` take one adapter, such as {self.folder / names[0]}; "
+                "other verbs are for language models.",
             )
         folder = self.folder / ARTIFACT_OF[self.config.method.kind]
         if folder.is_dir():

@@ -10,6 +10,7 @@ from loralab.adapters import Adapter, adapter_of_difference, read_adapter, write
 from loralab.errors import ConfigError, RunError
 from loralab.events import Listener, Note, Phase, Progress, ignore
 from loralab.evidence.xray import XRay, figures, summarise, xray, xray_difference
+from loralab.imaging import DIGITS_BASE, digits_base
 from loralab.models import StoredWeights
 from loralab.reports import write_xray_report
 from loralab.runs.activations import activation_dimensions
@@ -58,6 +59,8 @@ def inspect(
     """
     started = time.perf_counter()
     subject = open_source(source)
+    if base == DIGITS_BASE:
+        base = str(digits_base(listen=listen) / "unet")
     _check_options(subject, base, against, data, extract, output)
     found = _look(subject, base, against, directions, listen)
     document: dict[str, Any] = {

@@ -91,6 +91,7 @@ def _of_tables(source: str) -> Experiment:
 
 def of_recipe(config: RunConfig, title: str) -> Experiment:
     """A comparison that has not been run yet."""
+    config.model.check_reads_text()
     rates = config.compare.learning_rates
     arms = [
         _arm(config, method).model_copy(
@@ -135,6 +136,7 @@ def of_runs(runs: Sequence[Run]) -> Experiment:
     """Runs that only differ in seed and learning rate are one arm."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
+        run.config.model.check_reads_text()
         groups.setdefault(_settings_key(run), []).append(run)
     shared = set.intersection(*({_seed(run) for run in group} for group in groups.values()))
     arms = [_arm_of_runs(group, shared) for group in groups.values()]

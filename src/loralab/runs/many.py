@@ -73,6 +73,8 @@ def train_many(
     Raises `ConfigError` that names every setting in which the runs must not differ; otherwise as
     `train`. A run whose loss is no number is marked as failed; the others go on.
     """
+    for config in configs:
+        config.model.check_reads_text()
     configs = [without_compiling(settle_dtype(config, listen), listen) for config in configs]
     check_alike(configs)
     for config in configs:

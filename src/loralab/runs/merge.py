@@ -17,6 +17,7 @@ from loralab.measuring import check_probes
 from loralab.models import load_model, load_tokenizer
 from loralab.runs.evaluate import trained_model
 from loralab.runs.folder import MANIFEST, open_run, refuse_existing
+from loralab.runs.images.merging import image_base, merge_image_adapter
 from loralab.training import ADAPTER_NAME
 
 
@@ -34,7 +35,8 @@ def merge(
 
     A run's adapter is measured on the probes that were stored with it, so that the certificate says
     how much of its effect is kept. A checkpoint is merged shard by shard, never whole in memory;
-    with `measure` it is loaded, and measured on the adapter's probes too.
+    with `measure` it is loaded, and measured on the adapter's probes too. Of an image model's run
+    one adapter's folder is given; its base is the run's.
 
     Returns the certificate. Raises `OutputError` where `output` exists, `AdapterError` where more
     than `limit` of the effect would be lost and not `force`, or where probes show that the adapter
@@ -43,6 +45,10 @@ def merge(
     source, output = Path(source), Path(output)
     refuse_existing(output)
     if not (source / MANIFEST).is_file():
+        if (images := image_base(source, base, listen)) is not None:
+            return merge_image_adapter(
+                source, images, output, limit=limit, force=force, listen=listen
+            )
         if base is None:
             raise ConfigError(
                 f"{source} is no run, so its base is not known",

@@ -50,6 +50,7 @@ def plan(
 
     Raises `PlanError` and any other `LoralabError` of the settings.
     """
+    config.model.check_reads_text()
     planned_for = find_device(device)
     if config.model.dtype == "auto":
         is_here = planned_for.name.partition(":")[0] in ("cpu", "cuda")

@@ -42,6 +42,7 @@ def train_high(
             f"method.kind is {config.method.kind!r}: only LoRA has a rank to choose",
             'set method.kind="lora".',
         )
+    config.model.check_reads_text()
     bench = open_workbench(settle_dtype(config, listen), listen)
     at_high = _at_rank(bench.config, high)
     if not rates:

@@ -25,6 +25,7 @@ from loralab.training import choose_device, predict, use_threads
 PLACE = "candidate"
 FEWEST_ROWS = 20
 HEADS = ("score", "classifier")
+IMAGE_MODELS = ("UNet2D", "Transformer2D")  # how diffusers' classes begin
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,12 @@ def open_subject(
     if (path / MANIFEST).is_file():
         return _of_run(open_run(path), base, overrides)
     adapter = read_adapter(path)
+    if str(adapter.facts.get("model_class", "")).startswith(IMAGE_MODELS):
+        raise ConfigError(
+            f"{source} is an adapter of an image model ({adapter.facts['model_class']}), and this"
+            " is for language models",
+            "`loralab inspect` looks inside it, `loralab evaluate` judges the run that it is of.",
+        )
     named = base or adapter.facts.get("base_model")
     faults = [] if named else ["its file does not name its base, and --base is missing"]
     faults += [] if data else ["--data is missing: the rows to measure on"]
