@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 RECIPE_HELP = """
 RECIPE is a TOML file or the name of a shipped recipe (demo, smollm2-reviews,
-llama-3.2-1b-imdb). Any setting is overridden by section.key=value.
+llama-3.2-1b-imdb, digits-styles). Any setting is overridden by section.key=value.
 """
 
 

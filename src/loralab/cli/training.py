@@ -45,6 +45,7 @@ def train(
     Examples:
       loralab train demo method.rank=8 --output runs/rank-8
       loralab train --resume runs/rank-8
+      loralab train digits-styles --output runs/styles    (an image model)
       loralab train demo --output runs/grid --grid 'method.rank=[4,16]' \
           --grid 'training.learning_rate=[3e-4,1e-3]'
 
@@ -199,7 +200,7 @@ def _evaluate_forgetting(
 @click.option(
     "--image",
     type=click.Path(path_type=Path),
-    help="Draw: RUN holds base/ and its adapters, PROMPT is CLASS[:ADAPTER[=WEIGHT][,...]] ...",
+    help="Draw with a run of an image model: PROMPT is CLASS[:ADAPTER[=WEIGHT][,...]] ...",
 )
 @common
 def generate(
@@ -218,7 +219,7 @@ def generate(
     Examples:
       loralab generate runs/chat "Write a haiku about rank."
       loralab generate runs/rank-8 "A gripping film from start to end."
-      loralab generate styles "3:bold 3:chalk 3 3:bold=0.5,chalk=0.5" --image threes.png
+      loralab generate runs/styles "3:bold 3:chalk 3 3:bold=0.5,chalk=0.5" --image threes.png
     """
     console = console_for(as_json, quiet)
     if image is not None:

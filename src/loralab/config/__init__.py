@@ -22,6 +22,7 @@ from loralab.config.settings import (
     shipped_recipes,
     with_overrides,
 )
+    shipped_text,
 
 __all__ = [
     "SECTIONS",
@@ -43,3 +44,4 @@ __all__ = [
     "shipped_recipes",
     "with_overrides",
 ]
+    "shipped_text",

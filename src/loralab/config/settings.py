@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def _overridden(tables: dict[str, Any], overrides: Sequence[str], source: str) -
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
     """The tables of a recipe file or of a shipped recipe named without path and suffix."""
     path = Path(recipe)
-    shipped = resources.files("loralab") / "recipes" / f"{recipe}.toml"
+    shipped = _shipped(str(recipe))
     if path.is_file():
         data = path.read_bytes()
     elif path.name == str(recipe) and shipped.is_file():
@@ -144,6 +145,15 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{recipe}: not valid TOML: {error}", "mend that line.") from None
+
+
+def shipped_text(name: str) -> str:
+    """A recipe that travels inside the package, with its comments."""
+    return _shipped(name).read_text(encoding="utf-8")
+
+
+def _shipped(name: str) -> Traversable:
+    return resources.files("loralab") / "recipes" / f"{name}.toml"
 
 
 def shipped_recipes() -> list[str]:

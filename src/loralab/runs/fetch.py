@@ -1,9 +1,10 @@
-"""`loralab fetch`: the offline catalogue."""
+"""`loralab fetch`: the offline catalogue, and bases that are trained here."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from loralab.catalogue import ENTRIES, fetch, find_entry
+from loralab.catalogue import ENTRIES, MADE, fetch, find_entry
 from loralab.events import Listener, Note, Phase, Progress, ignore
 
 MIB = 2**20
@@ -11,6 +12,23 @@ MIB = 2**20
 
 def catalogue() -> list[dict[str, Any]]:
     """Every entry: name, kind, size of its package, licence, what it is, where it comes from."""
+    made = [
+        {
+            "name": entry.name,
+            "kind": "model",
+            "size": "trained here",
+            "licence": entry.licence,
+            "about": entry.description,
+            "origin": entry.origin,
+            "package": None,
+            "sha256": None,
+        }
+        for entry in MADE.values()
+    ]
+    return [*_packaged(), *made]
+
+
+def _packaged() -> list[dict[str, Any]]:
     return [
         {
             "name": entry.name,
@@ -29,13 +47,15 @@ def catalogue() -> list[dict[str, Any]]:
 def fetch_entries(
     names: Sequence[str], *, everything: bool = False, listen: Listener = ignore
 ) -> dict[str, str]:
-    """Bring entries into the cache, checked; the folder of each by name.
+    """Bring entries into the cache, checked, or train them there; the folder of each by name.
+
+    `everything` is what packages carry; a base that is trained here is named.
 
     Raises `FetchError` for an unknown name (before anything is fetched), without a network, or
     for wrong bytes.
     """
     wanted = list(ENTRIES) if everything else list(dict.fromkeys(names))
-    entries = [find_entry(name) for name in wanted]
+    entries = [find_entry(name) for name in wanted if name not in MADE]
     folders = {}
     for entry in entries:
         listen(Phase(f"fetching {entry.name}", entry.archive.num_bytes, "bytes"))
@@ -44,7 +64,17 @@ def fetch_entries(
         else:
             folders[entry.name] = str(fetch(entry.name, progress=_progress(listen)))
         listen(Note(f"{entry.name} is whole"))
-    return folders
+    for name in wanted:
+        if name in MADE:
+            folders[name] = str(_trained_folder(name, listen))
+    return {name: folders[name] for name in wanted}
+
+
+def _trained_folder(name: str, listen: Listener) -> Path:
+    from loralab.imaging import DIGITS_BASE, digits_base
+
+    assert name == DIGITS_BASE  # the one entry that is made
+    return digits_base(listen=listen)
 
 
 def _model_folder(name: str, listen: Listener) -> Any:

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
-from loralab.config import parse_config
+from loralab.catalogue import MADE
+from loralab.config import parse_config, shipped_text
 from loralab.errors import OutputError
 from loralab.files import write_text
+
+IMAGE_RECIPE = "digits-styles"
 
 TEMPLATE = """\
 # A recipe: every setting of a run. Override one on the command line with section.key=value.
@@ -80,12 +83,15 @@ seeds = [0, 1, 2]
 
 
 def write_recipe(path: Path, *, model: str, data: str) -> None:
-    """Write a commented recipe to `path`, which must be new.
+    """Write a commented recipe to `path`, which must be new; of an image model the shipped one.
 
     Raises `OutputError` where `path` exists or cannot be written.
     """
     if path.exists():
         raise OutputError(f"{path} exists already", "choose another path, or delete it first.")
+    if model in MADE:
+        write_text(path, shipped_text(IMAGE_RECIPE))
+        return
     pooling = "mean" if model == "minilm" else "native"
     text = TEMPLATE.format(path=path, model=model, data=data, pooling=pooling, rate="1e-3")
     parse_config(_tables(text), source="the written recipe")
