@@ -20,9 +20,9 @@ from loralab.config.settings import (
     parse_config,
     read_recipe,
     shipped_recipes,
+    shipped_text,
     with_overrides,
 )
-    shipped_text,
 
 __all__ = [
     "SECTIONS",
@@ -42,6 +42,6 @@ __all__ = [
     "parse_config",
     "read_recipe",
     "shipped_recipes",
+    "shipped_text",
     "with_overrides",
 ]
-    "shipped_text",
