@@ -22,7 +22,7 @@ from loralab.serving.fast.coverage import Table
 from loralab.serving.fast.decoder import Decoder
 from loralab.serving.fast.packing import Packed, pack
 from loralab.serving.fast.steps import Cache
-from loralab.serving.fast.structures import Block, Group, Model, Step, check_sizes
+from loralab.serving.fast.structures import Block, Group, Linear, Model, Step, check_sizes
 
 KERNEL = Kernel("decoder", Path(__file__).with_name("kernel"), ("-pthread",))
 
@@ -118,8 +118,7 @@ class KernelStep:
 
         self._blocks = (Block * len(decoder.blocks))()
         for block, made in zip(decoder.blocks, self._blocks, strict=True):
-            made.weights[:] = [place(each.weight) for each in block.projections]
-            made.biases[:] = [place(each.bias) for each in block.projections]
+            made.linears[:] = [Linear(place(p.weight), place(p.bias)) for p in block.projections]
             norms = block.attention_norm, block.mlp_norm
             made.gains[:] = [place(norm.gain.float()) for norm in norms]
             made.epsilons[:] = [norm.epsilon for norm in norms]
@@ -139,8 +138,7 @@ class KernelStep:
             blocks=self._blocks,
             final_gain=place(decoder.final_norm.gain.float()),
             final_epsilon=decoder.final_norm.epsilon,
-            output=place(decoder.output.weight),
-            output_bias=place(decoder.output.bias),
+            output=Linear(place(decoder.output.weight), place(decoder.output.bias)),
             cos=place(decoder.cos.float()),
             sin=place(decoder.sin.float()),
             keys=keys.data_ptr(),

@@ -1,4 +1,4 @@
-"""The kernel's structures, field by field as `kernel/decoder.cpp` and `products.h` have them."""
+"""The kernel's structures, field by field as `model.h`, `pairs.h` and `packing.h` have them."""
 
 import ctypes
 from collections.abc import Sequence
@@ -8,10 +8,18 @@ NUM_PROJECTIONS = 7
 """Of a block: queries, keys, values, output, gate, up, down."""
 
 
+class Linear(ctypes.Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("rows", c_void_p),
+        ("columns", c_void_p),
+    )
+
+
 class Block(ctypes.Structure):
     _fields_ = (
-        ("weights", c_void_p * NUM_PROJECTIONS),
-        ("biases", c_void_p * NUM_PROJECTIONS),
+        ("linears", Linear * NUM_PROJECTIONS),
         ("gains", c_void_p * 2),
         ("epsilons", c_double * 2),
     )
@@ -26,7 +34,8 @@ class Model(ctypes.Structure):
         ("blocks", POINTER(Block)),
         ("final_gain", c_void_p),
         ("final_epsilon", c_double),
-        *((name, c_void_p) for name in ("output", "output_bias", "cos", "sin", "keys", "values")),
+        ("output", Linear),
+        *((name, c_void_p) for name in ("cos", "sin", "keys", "values")),
     )  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 // Rotary positions, and the attention of one token over what its slot holds.
 #pragma once
 
-#include "lanes.h"
+#include "products.h"
 
 namespace loralab {
 
-constexpr int MOST_HEADS = 4;  // query heads that read the same keys and values together
+constexpr int MOST_HEADS = LANES == 16 ? 4 : 3;  // query heads that read the same keys and values
+constexpr int VALUES = 32 / LANES;               // registers of values read at a time
 
 // Turns one head (2104.09864): its two halves against each other.
 template <class T>
@@ -19,8 +20,9 @@ void rotate(const float* head, int64_t size, const float* cos, const float* sin,
   }
 }
 
-// Scores in place become weights that add up to the number it gives. Room for count + LANES.
-inline float soften(float* scores, int64_t count) {
+// Scores in place become weights: exp(scale * score), the largest of them 1. Gives their sum. Room for
+// count + LANES.
+inline float soften(float* scores, int64_t count, float scale) {
   store_floats(scores + count, all(-INFINITY));
   Floats most = all(-INFINITY);
   for (int64_t s = 0; s < count; s += LANES) {
@@ -31,7 +33,7 @@ inline float soften(float* scores, int64_t count) {
   Floats total = {};
   for (int64_t s = 0; s < count; s += LANES) {
     Floats x = load_floats(scores + s);
-    Floats e = x == -INFINITY ? Floats{} : exponential(x - top);
+    Floats e = x == -INFINITY ? Floats{} : exponential((x - top) * scale);
     store_floats(scores + s, e);
     total = total + e;
   }
@@ -39,59 +41,55 @@ inline float soften(float* scores, int64_t count) {
 }
 
 template <class T, int HEADS>
-void attend(const T* q, const T* keys, const T* values, int64_t count, int64_t size, float* scores,
-            int64_t room, T* to) {
-  const float scale = 1.0f / std::sqrt(float(size));
+void attend(const Factor<T>* q, const T* keys, const T* values, int64_t count, int64_t size,
+            float* scores, int64_t room, Factor<T>* to) {
+  const Factor<T>* queries[HEADS];
+  for (int h = 0; h < HEADS; ++h) queries[h] = q + h * size;
   const int64_t last = (count - 1) * size;
-  for (int64_t s = 0; s < count; s += 4) {
-    const T* k[4];
-    for (int i = 0; i < 4; ++i) k[i] = keys + std::min((s + i) * size, last);
-#pragma GCC unroll 4
-    for (int h = 0; h < HEADS; ++h) {
-      Floats dot[4] = {Floats{}, Floats{}, Floats{}, Floats{}};
-      for (int64_t d = 0; d < size; d += PACK<T>) {
-        auto a = load_pack(q + h * size + d);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) dot[i] = Pack<T>::dot(dot[i], a, load_pack(k[i] + d));
-      }
-      store_as(scores + h * room + s, sums(dot[0], dot[1], dot[2], dot[3]) * scale);
-    }
+  for (int64_t s = 0; s < count; s += TOGETHER) {
+    const T* k[TOGETHER];
+    for (int i = 0; i < TOGETHER; ++i) k[i] = keys + std::min((s + i) * size, last);
+    dots<T, TOGETHER>(HEADS, queries, k, size, scores + s, room);
   }
+  const float scale = 1.0f / std::sqrt(float(size));
   float share[HEADS];
-  for (int h = 0; h < HEADS; ++h) share[h] = 1.0f / soften(scores + h * room, count);
-  for (int64_t d = 0; d < size; d += 2 * LANES) {
-    Floats sum[HEADS][2];
+  for (int h = 0; h < HEADS; ++h) share[h] = 1.0f / soften(scores + h * room, count, scale);
+  for (int64_t d = 0; d < size; d += VALUES * LANES) {
+    Floats sum[HEADS][VALUES];
 #pragma GCC unroll 4
-    for (int h = 0; h < HEADS; ++h) sum[h][0] = sum[h][1] = Floats{};
+    for (int h = 0; h < HEADS; ++h)
+#pragma GCC unroll 4
+      for (int i = 0; i < VALUES; ++i) sum[h][i] = Floats{};
     for (int64_t s = 0; s < count; ++s) {
-      Floats low = load_floats(values + s * size + d);
-      Floats high = load_floats(values + s * size + d + LANES);
+      Floats weight[HEADS];
 #pragma GCC unroll 4
-      for (int h = 0; h < HEADS; ++h) {
-        const float weight = scores[h * room + s];
-        sum[h][0] = sum[h][0] + weight * low;
-        sum[h][1] = sum[h][1] + weight * high;
+      for (int h = 0; h < HEADS; ++h) weight[h] = all(scores[h * room + s]);
+#pragma GCC unroll 4
+      for (int i = 0; i < VALUES; ++i) {
+        const Floats value = load_floats(values + s * size + d + i * LANES);
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; ++h) sum[h][i] = sum[h][i] + weight[h] * value;
       }
     }
 #pragma GCC unroll 4
-    for (int h = 0; h < HEADS; ++h) {
-      store_floats(to + h * size + d, sum[h][0] * share[h]);
-      store_floats(to + h * size + d + LANES, sum[h][1] * share[h]);
-    }
+    for (int h = 0; h < HEADS; ++h)
+#pragma GCC unroll 4
+      for (int i = 0; i < VALUES; ++i)
+        store_floats(to + h * size + d + i * LANES, sum[h][i] * share[h]);
   }
 }
 
 // softmax(q k' / sqrt(size)) v for the queries of `heads` heads over `count` tokens.
 // scores: MOST_HEADS times `room` numbers, where room is at least count + LANES.
 template <class T>
-void attend(int64_t heads, const T* q, const T* keys, const T* values, int64_t count, int64_t size,
-            float* scores, int64_t room, T* to) {
+void attend(int64_t heads, const Factor<T>* q, const T* keys, const T* values, int64_t count,
+            int64_t size, float* scores, int64_t room, Factor<T>* to) {
   for (; heads > 0; heads -= MOST_HEADS, q += MOST_HEADS * size, to += MOST_HEADS * size) {
-    switch (heads) {
+    switch (std::min<int64_t>(heads, MOST_HEADS)) {
       case 1: attend<T, 1>(q, keys, values, count, size, scores, room, to); break;
       case 2: attend<T, 2>(q, keys, values, count, size, scores, room, to); break;
       case 3: attend<T, 3>(q, keys, values, count, size, scores, room, to); break;
-      default: attend<T, 4>(q, keys, values, count, size, scores, room, to);
+      default: attend<T, MOST_HEADS>(q, keys, values, count, size, scores, room, to);
     }
   }
 }

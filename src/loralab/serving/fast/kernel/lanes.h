@@ -1,5 +1,5 @@
-// Sixteen fp32 numbers at a time, in the compiler's own vector types: the same source gives AVX-512,
-// AVX2 or NEON code. Only the product of bf16 pairs has an instruction of its own.
+// A register of fp32 numbers at a time, in the compiler's own vector types: the same source gives
+// AVX-512, AVX2 or NEON code.
 #pragma once
 
 #include <algorithm>
@@ -7,19 +7,24 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace loralab {
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint16_t HalfBits __attribute__((vector_size(32)));
-typedef float Four __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;  // of a register
+#else
+constexpr int BYTES = 32;  // two of NEON's
+#endif
+constexpr int LANES = BYTES / 4;
 
-constexpr int LANES = 16;
+typedef float Floats __attribute__((vector_size(BYTES)));
+typedef int32_t Ints __attribute__((vector_size(BYTES)));
+typedef uint32_t Bits __attribute__((vector_size(BYTES)));
+typedef uint16_t HalfBits __attribute__((vector_size(BYTES / 2)));
+typedef float Four __attribute__((vector_size(16)));
 
 struct bf16 {
   uint16_t bits;
@@ -39,6 +44,15 @@ inline void store_as(void* to, const V& value) {
 
 inline Floats all(float value) { return value - Floats{}; }
 
+// A value that is in a register: compilers like to read it from memory again at each use.
+template <class V>
+inline V held(V value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+
 // Rounds to the nearest bf16, ties to even; NaN stays NaN.
 inline HalfBits rounded(Floats x) {
 #if defined(__AVX512BF16__)
@@ -53,7 +67,11 @@ inline HalfBits rounded(Floats x) {
 
 inline Floats load_floats(const float* from) { return load_as<Floats>(from); }
 inline Floats load_floats(const bf16* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // the same; compilers make six instructions of it
+  return (Floats)((Bits)_mm256_cvtepu16_epi32(load_as<__m128i>(from)) << 16);
+#else
   return (Floats)(__builtin_convertvector(load_as<HalfBits>(from), Bits) << 16);
+#endif
 }
 inline void store_floats(float* to, Floats x) { store_as(to, x); }
 inline void store_floats(bf16* to, Floats x) { store_as(to, rounded(x)); }
@@ -70,43 +88,9 @@ inline float from_float<float>(float x) { return x; }
 template <>
 inline bf16 from_float<bf16>(float x) { return bf16{rounded(all(x))[0]}; }
 
-// Packs: 64 bytes of T. A product of packs adds, in each lane, PER_LANE products of numbers.
-template <class T>
-struct Pack;
-
-template <>
-struct Pack<float> {
-  using Type = Floats;
-  static constexpr int PER_LANE = 1;
-  static Type broadcast(const float* from) { return all(*from); }
-  static Floats dot(Floats sum, Type a, Type b) { return sum + a * b; }
-};
-
-template <>
-struct Pack<bf16> {
-  using Type = Bits;
-  static constexpr int PER_LANE = 2;
-  static Type broadcast(const bf16* from) { return load_as<uint32_t>(from) - Bits{}; }
-  static Floats dot(Floats sum, Type a, Type b) {
-#if defined(__AVX512BF16__)
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-    const Bits high = Bits{} + 0xffff0000u;
-    sum = sum + (Floats)(a << 16) * (Floats)(b << 16);
-    return sum + (Floats)(a & high) * (Floats)(b & high);
-#endif
-  }
-};
-
-template <class T>
-inline typename Pack<T>::Type load_pack(const T* from) {
-  return load_as<typename Pack<T>::Type>(from);
-}
-template <class T>
-constexpr int PACK = LANES * Pack<T>::PER_LANE;
-
 // The sums of four vectors' lanes.
 inline Four sums(Floats a, Floats b, Floats c, Floats d) {
+#if defined(__AVX512F__)
   auto low = [](Floats x, Floats y) {
     return __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
   };
@@ -120,25 +104,38 @@ inline Four sums(Floats a, Floats b, Floats c, Floats d) {
   Four parts[4];
   std::memcpy(parts, &each, sizeof(parts));
   return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+#else
+  auto low = [](Floats x, Floats y) {
+    return __builtin_shufflevector(x, y, 0, 8, 1, 9, 4, 12, 5, 13);
+  };
+  auto high = [](Floats x, Floats y) {
+    return __builtin_shufflevector(x, y, 2, 10, 3, 11, 6, 14, 7, 15);
+  };
+  Floats ab = low(a, b) + high(a, b), cd = low(c, d) + high(c, d);
+  Floats each = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+                __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  Four parts[2];
+  std::memcpy(parts, &each, sizeof(parts));
+  return parts[0] + parts[1];
+#endif
 }
 
 inline float sum(Floats a) { return sums(a, a, a, a)[0]; }
 
 inline float largest(Floats a) {
-  Four parts[4];
-  std::memcpy(parts, &a, sizeof(parts));
-  Four low = parts[0] > parts[1] ? parts[0] : parts[1];
-  Four high = parts[2] > parts[3] ? parts[2] : parts[3];
-  Four most = low > high ? low : high;
-  return std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
+  float most = a[0];
+  for (int i = 1; i < LANES; ++i) most = std::max(most, float(a[i]));
+  return most;
 }
+
+// Adding it rounds to a whole number, which is then in the lowest bits.
+constexpr float WHOLE = 12582912.0f;  // 1.5 * 2^23
 
 // e^x to 2 units in the last place; 0 far below.
 inline Floats exponential(Floats x) {
-  const Floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
   x = x < -87.0f ? all(-87.0f) : x;
   x = x > 88.0f ? all(88.0f) : x;
-  Floats whole = (x * 1.44269504f + shift) - shift;
+  Floats whole = (x * 1.44269504f + WHOLE) - WHOLE;
   Floats f = x - whole * 0.693359375f + whole * 2.12194440e-4f;
   Floats p = all(1.9875691500e-4f);
   p = p * f + 1.3981999507e-3f;

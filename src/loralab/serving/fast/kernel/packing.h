@@ -1,7 +1,7 @@
 // An adapter's factors, from fp32 row by row to the form that the products read.
 #pragma once
 
-#include "products.h"
+#include "pairs.h"
 
 namespace loralab {
 
@@ -31,7 +31,7 @@ inline void narrow(const float* from, int64_t count, bf16* to) {
 // COLUMNS rows of B (fewer at its end) as one tile: ranks that are multiplied together side by side.
 template <class T>
 void pack_tile(const float* B, int64_t rows, int64_t rank, int64_t to_rank, T* to) {
-  constexpr int PER = Pack<T>::PER_LANE;
+  constexpr int PER = PER_LANE<T>;
   for (int64_t r = 0; r < to_rank; r += LANES) {
     T block[COLUMNS][LANES] = {};
     if (rank - r >= LANES) {  // a count that the compiler knows

@@ -19,6 +19,22 @@
 
 namespace loralab {
 
+// Memory that is kept from use to use.
+struct Room {
+  std::unique_ptr<char[]> bytes;
+  size_t size = 0;
+
+  template <class T>
+  T* of(size_t count) {
+    const size_t needed = count * sizeof(T) + 128;
+    if (needed > size) {
+      bytes.reset(new char[needed]);
+      size = needed;
+    }
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(bytes.get()) + 63) & ~uintptr_t(63));
+  }
+};
+
 inline void relax() {
 #if defined(__x86_64__)
   _mm_pause();
