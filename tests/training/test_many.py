@@ -20,9 +20,9 @@ from loralab.training import (
     Trainable,
     Validated,
     fit_many,
-    many as many_module,
     prepare_many,
 )
+from loralab.training.shared_step import joint_of
 
 METHODS: list[dict[str, Any]] = [
     {"rank": 2, "alpha": 4.0},
@@ -77,7 +77,7 @@ def run_many(trainables: list[Trainable], task: str, folder: Path, **changes: An
 @pytest.mark.parametrize("kind", ["llama", "llama-causal", "llama-unfused", "bert", "gpt2"])
 def test_each_run_is_what_it_is_alone(kind: str, tmp_path: Path) -> None:
     trainables, task = together(kind)
-    assert many_module._together(trainables) is not None
+    assert joint_of(trainables) is not None
     events = run_many(trainables, task, tmp_path / "many")
     rows, held_out = rows_of(task, 22), rows_of(task, 8, seed=1)
     for number, (method, change) in enumerate(zip(METHODS, CHANGES, strict=True)):
@@ -131,7 +131,7 @@ def _is_end(event: Any) -> bool:
 def test_what_cannot_be_run_at_once_takes_turns(tmp_path: Path) -> None:
     methods = [{"dora": True, "dropout": 0.2}, {"rank": 2}]
     trainables, task = together("llama", methods, CHANGES[:2])
-    assert many_module._together(trainables) is None
+    assert joint_of(trainables) is None
     events = run_many(trainables, task, tmp_path / "many")
     alone = ready(method=methods[0], **(BASE | CHANGES[0]))
     wanted = run(alone, rows_of(task, 22), rows_of(task, 8, seed=1), tmp_path / "alone")
@@ -179,3 +179,28 @@ def test_successive_halving_stops_the_worse_half(tmp_path: Path) -> None:
     assert sorted(n for n, end in ends.items() if end.stopped_early) == sorted(stopped)
     (left,) = set(ends) - set(stopped)
     assert ends[left].best_nll == min(end.best_nll for end in ends.values())
+
+
+@pytest.mark.parametrize("save", [2, 5, 9])
+def test_halving_that_is_killed_comes_to_the_same_end(save: int, tmp_path: Path) -> None:
+    rates = [1e-6, 1e-3, 1e-2, 1e-7]
+    changes = [
+        {"learning_rate": rate, "evaluations_per_epoch": 3, "checkpoint_steps": 2} for rate in rates
+    ]
+
+    def contest(folder: Path):
+        trainables, task = together("llama", METHODS[:1] * 4, changes)
+        return trainables, iter_many(trainables, task, folder, halving=True)
+
+    whole, events = contest(tmp_path / "whole")
+    ends = {n: event.step for n, event in events if isinstance(event, Finished)}
+    _, events = contest(tmp_path / "cut")
+    saves = (event for _, event in events if isinstance(event, CheckpointSaved))
+    for _ in range(save):
+        next(saves)
+    events.close()
+    again, events = contest(tmp_path / "cut")
+    assert {n: event.step for n, event in events if isinstance(event, Finished)} == ends
+    for one, other in zip(whole, again, strict=True):
+        for name, parameter in one.parameters.items():
+            assert torch.equal(parameter, other.parameters[name])

@@ -14,6 +14,7 @@ from loralab.training.events import (
     StepDone,
     Validated,
 )
+from loralab.training.halving import Contender
 from loralab.training.identity import environment
 from loralab.training.loop import fit
 from loralab.training.many import SHARED, Failed, Stopped, fit_many, prepare_many
@@ -31,6 +32,7 @@ from loralab.training.plan import Plan, lay_out
 from loralab.training.predict import predict
 from loralab.training.prefix import PrefixStore
 from loralab.training.schedule import Schedule, build_schedule
+from loralab.training.shared_step import repeatable_pass
 from loralab.training.starting import START_FILE, lora_config
 from loralab.training.step import Outcome, choose_compile, repeatable_step
 from loralab.training.streams import RunStream, stream_seed
@@ -41,6 +43,7 @@ __all__ = [
     "START_FILE",
     "CheckpointSaved",
     "CompileChoice",
+    "Contender",
     "EffectiveStep",
     "Event",
     "Examined",
@@ -79,6 +82,7 @@ __all__ = [
     "predict",
     "prepare",
     "prepare_many",
+    "repeatable_pass",
     "repeatable_step",
     "stream_seed",
     "summarise",
