@@ -1,6 +1,8 @@
 """Run settings: frozen, strictly loaded. This package imports no torch."""
 
 from loralab.config.sections import (
+    DIGITS_ONLY,
+    FOLDER_ONLY,
     DataSection,
     Dtype,
     ImagesSection,
@@ -25,6 +27,8 @@ from loralab.config.settings import (
 )
 
 __all__ = [
+    "DIGITS_ONLY",
+    "FOLDER_ONLY",
     "SECTIONS",
     "DataSection",
     "Dtype",

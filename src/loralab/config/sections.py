@@ -203,11 +203,26 @@ class CompareSection(Section):
 class ImagesSection(Section):
     """What image models alone have; read where `model.task` is "image"."""
 
+    sampling_steps: PositiveInt = 12
+    guidance: Positive = 2.0
+
+    # styles of handwritten digits
     styles: list[str] = []  # an adapter for each, all trained in one pass over the base
     class_dropout: Fraction = 0.1  # share of rows whose class is hidden, for guidance
     judged_images: NonNegativeInt = 80  # of each look, seen by judges; 0 leaves judges out
-    sampling_steps: PositiveInt = 12
-    guidance: Positive = 2.0
+
+    # a folder of images for a Stable Diffusion base
+    resolution: PositiveInt = 512
+    prompt: str | None = None  # of images that have no caption of their own
+    skip_unreadable: bool = False
+    min_snr_gamma: Positive | None = None  # 5.0 is usual; None weights all timesteps alike
+    prior_prompt: str | None = None  # prior preservation: what images of the class show
+    prior_folder: str | None = None  # of such images; None: the base draws them
+    num_prior_images: PositiveInt = 100  # that the base draws
+    prior_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    validation_prompts: list[str] = []  # drawn at the end, beside the base's images
+    sample_steps: PositiveInt | None = None  # drawn every so many steps, too
+    negative_prompt: str = ""
 
 
 TEXT_ONLY: dict[str, tuple[str, ...]] = {
@@ -223,3 +238,10 @@ TEXT_ONLY: dict[str, tuple[str, ...]] = {
     ),
 }
 """Settings that mean nothing to an image model."""
+
+DIGITS_ONLY = ("styles", "class_dropout", "judged_images")
+FOLDER_ONLY = (
+    *("resolution", "prompt", "skip_unreadable", "min_snr_gamma", "prior_prompt", "prior_folder"),
+    *("num_prior_images", "prior_weight", "validation_prompts", "sample_steps", "negative_prompt"),
+)
+"""Keys of `[images]` that only styles of digits read, and only folders of images."""

@@ -11,16 +11,23 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
-from loralab.data.examples import Example, Row
+from loralab.data.examples import Example
 
 SPLITS = ("train", "validation", "test")
 SHARES: Mapping[str, float] = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
-AnyRow = TypeVar("AnyRow", bound=Row)
-
 _SPACES = re.compile(r"\s+")
+
+
+@runtime_checkable
+class _Named(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=_Named)
 
 
 def normalise(text: str) -> str:

@@ -13,6 +13,7 @@ KINDS = ("sd", "xl")
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.set_num_threads(1)
     monkeypatch.setenv("LORALAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORALAB_KERNELS", "off")  # they would be compiled into each new cache
     return tmp_path / "cache"
 
 

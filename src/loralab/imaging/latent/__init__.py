@@ -2,7 +2,8 @@
 
 from loralab.imaging.latent.base import LatentBase, open_base
 from loralab.imaging.latent.conditioning import Conditioning, encode_captions
-from loralab.imaging.latent.drawing import Drawing, draw, draw_image
+from loralab.imaging.latent.drawing import Drawing, draw, draw_image, from_bytes, to_bytes
+from loralab.imaging.latent.families import is_pipeline
 from loralab.imaging.latent.latents import (
     EncodedPictures,
     Latent,
@@ -38,9 +39,12 @@ __all__ = [
     "encode_captions",
     "encode_pictures",
     "frame",
+    "from_bytes",
+    "is_pipeline",
     "latent_cache",
     "latent_rows",
     "open_base",
     "read_pictures",
+    "to_bytes",
     "with_prior",
 ]

@@ -4,18 +4,22 @@ Training needs the VAE and the text encoders once, for what is then kept; only t
 """
 
 import hashlib
-from collections.abc import Iterator
+import math
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 
 from loralab.errors import ModelError
+from loralab.files import replacing, write_json
 from loralab.imaging.denoiser import diffusers_library
 from loralab.imaging.latent.families import (
     INDEX,
@@ -38,6 +42,7 @@ _PATTERNS = ("*.json", "*.txt", "model*.safetensors", "diffusion_pytorch_model*.
 _WANTED = (INDEX, *(f"{part}/{pattern}" for part in _PARTS for pattern in _PATTERNS))
 _UNWANTED = ("*.fp16*", "*.non_ema*", "*.ema*", "*/*/*")  # other copies of the same weights
 
+_PIPELINE_UNIT = 8  # diffusers' pipelines draw nothing else, whatever the VAE
 _SCALING = 0.18215  # of VAEs whose configuration is older than the key
 
 
@@ -91,7 +96,7 @@ class LatentBase:
     def check_resolution(self, resolution: int) -> None:
         """Raise `ModelError` where images of that side have no whole latents for the UNet."""
         halvings = len(part_config(self.folder, "unet").get("block_out_channels", [0])) - 1
-        unit = self.pixels_per_latent * 2**halvings
+        unit = math.lcm(self.pixels_per_latent * 2**halvings, _PIPELINE_UNIT)
         if resolution % unit:
             raise ModelError(
                 f"images of {resolution} x {resolution} pixels do not fit this base: "
@@ -111,6 +116,22 @@ class LatentBase:
         scheduler = self.sampler.from_pretrained(self.folder / SCHEDULER)
         yield self._pipeline(unet=unet, vae=self.vae(), scheduler=scheduler)
         self.release()
+
+    def save_with(
+        self, unet: nn.Module, folder: Path, documents: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Write the pipeline with another UNet, whole or not at all; the other parts are copied.
+
+        documents: JSON files that lie in it too, by name.
+        """
+        others = [part for part in _PARTS if part != "unet" and (self.folder / part).is_dir()]
+        with replacing(folder) as aside:
+            cast(Any, unet).save_pretrained(aside / "unet")
+            for part in others:
+                shutil.copytree(self.folder / part, aside / part)
+            shutil.copy(self.folder / INDEX, aside / INDEX)
+            for name, document in documents.items():
+                write_json(aside / name, dict(document))
 
     def hash_of(self, *parts: str) -> str:
         """SHA-256 of the weights and configurations of parts."""
@@ -170,17 +191,24 @@ class LatentBase:
             torch.cuda.empty_cache()
 
 
-def open_base(name: str, *, dtype: torch.dtype, device: torch.device) -> LatentBase:
+def open_base(name: str, *, dtype: torch.dtype | None = None, device: torch.device) -> LatentBase:
     """The Stable Diffusion pipeline called `name`: a diffusers folder or a hub id.
+
+    dtype: None is the one that its UNet is stored in.
 
     Only safetensors are read and no code of the folder is run. Raises `ModelError` for a name that
     leads nowhere and for a pipeline that cannot be trained, with everything that does not fit.
     """
     diffusers_library()
     folder = _folder(name)
-    base = LatentBase(folder, family_of(folder), dtype, device)
+    base = LatentBase(folder, family_of(folder), dtype or _stored_dtype(folder), device)
     _ = base.sampler  # found missing now, not after the training
     return base
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    with safe_open(weight_files(folder, "unet")[0], "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
 
 
 def _folder(name: str) -> Path:

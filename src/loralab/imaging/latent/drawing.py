@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loralab import adapters
 from loralab.imaging.latent.base import LatentBase
-from loralab.imaging.latent.pictures import pillow
+from loralab.imaging.latent.pictures import pillow, to_pixels
 from loralab.models import evaluating
 
 Image = Float[Tensor, "3 side side"]
@@ -77,6 +77,11 @@ def to_bytes(image: Image) -> bytes:
     buffer = io.BytesIO()
     pillow().fromarray(values.contiguous().numpy()).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def from_bytes(data: bytes) -> Image:
+    """The image in a PNG file, as `to_bytes` wrote it."""
+    return to_pixels(pillow().open(io.BytesIO(data)).convert("RGB"))
 
 
 def _along(

@@ -83,6 +83,11 @@ def index_of(folder: Path) -> dict[str, Any]:
     return _read(folder / INDEX) or {}
 
 
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder is a pipeline of one of the families, whole or not."""
+    return index_of(folder).get("_class_name") in FAMILIES
+
+
 def part_config(folder: Path, part: str) -> dict[str, Any]:
     """The configuration of a part that `family_of` found."""
     file = SCHEDULER_CONFIG if part == SCHEDULER else f"{part}/config.json"

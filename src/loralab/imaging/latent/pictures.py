@@ -35,6 +35,11 @@ class Picture:
     caption: str
     digest: str
 
+    @property
+    def id(self) -> str:
+        """Its name: what it is chosen by."""
+        return self.name
+
 
 @dataclass(frozen=True, eq=False)
 class Framed:
@@ -95,8 +100,13 @@ def frame(path: Path, resolution: int) -> Framed:
     library = pillow()
     resized = image.resize((wide, high), library.Resampling.LANCZOS)
     square = resized.crop((left, top, left + resolution, top + resolution))
-    values = torch.from_numpy(numpy.array(square, dtype=numpy.uint8)).permute(2, 0, 1)
-    return Framed(values.float() / 127.5 - 1, (height, width), (top, left))
+    return Framed(to_pixels(square), (height, width), (top, left))
+
+
+def to_pixels(image: "Image") -> Float[Tensor, "3 height width"]:
+    """An RGB image in [-1, 1]."""
+    values = torch.from_numpy(numpy.array(image, dtype=numpy.uint8)).permute(2, 0, 1)
+    return values.float() / 127.5 - 1
 
 
 def unreadable(faults: Sequence[str]) -> DataError:

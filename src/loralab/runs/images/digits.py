@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from loralab.adapters import attach, detach
-from loralab.config import RunConfig
+from loralab.config import FOLDER_ONLY, RunConfig
 from loralab.data import Row, sample
 from loralab.errors import ConfigError, ModelError, nearest
 from loralab.events import Listener
@@ -26,7 +26,7 @@ from loralab.imaging import (
     styled,
 )
 from loralab.runs.images.judging import judge_styles
-from loralab.runs.images.subject import Judgement
+from loralab.runs.images.subject import Judgement, foreign_keys
 from loralab.training import lora_config
 
 DATA = "digits"
@@ -67,9 +67,26 @@ class DigitStyles:
             "styles": list(self.config.images.styles),
         }
 
+    @property
+    def example(self) -> str:
+        """A three in each style, and the base's."""
+        return " ".join([*(f"3:{style}" for style in self.config.images.styles), "3"])
+
+    def watch(self, folder: Path, step: int, listen: Listener) -> None:
+        """Nothing is drawn on the way."""
+
+    def export(self, folder: Path) -> None:
+        """No other program has this base."""
+
     def judge(self, folder: Path, listen: Listener) -> Judgement:
         """Classifiers that saw real images only, on images that the adapters make."""
         return judge_styles(self.denoiser, self.digits, self.config.images, folder, listen)
+
+
+def is_digits(config: RunConfig) -> bool:
+    """Whether a recipe is about styles of digits: by its base, its data or its styles."""
+    named = config.model.name == DIGITS_BASE or config.data.name == DATA
+    return named or bool(config.images.styles)
 
 
 def open_digit_styles(config: RunConfig, listen: Listener, base: Path | None = None) -> DigitStyles:
@@ -85,7 +102,7 @@ def open_digit_styles(config: RunConfig, listen: Listener, base: Path | None = N
 
 
 def _check(config: RunConfig) -> None:
-    styles, faults = config.images.styles, []
+    styles, faults = config.images.styles, foreign_keys(config, FOLDER_ONLY, "a folder of images")
     if not styles:
         faults.append(f"images.styles is empty; known: {', '.join(STYLES)}")
     faults += [

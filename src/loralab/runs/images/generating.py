@@ -12,7 +12,9 @@ from loralab.config import ImagesSection
 from loralab.errors import DataError, ModelError, RunError, nearest
 from loralab.events import Listener, Note, Phase, ignore
 from loralab.imaging import Denoiser, load_denoiser, sample_images, write_grid
-from loralab.runs.folder import MANIFEST, open_run
+from loralab.runs.folder import MANIFEST, Run, open_run
+from loralab.runs.images.digits import is_digits
+from loralab.runs.images.drawing import draw_prompt
 from loralab.runs.images.evaluating import BASE, base_of
 
 SYNTAX = "write CLASS, CLASS:ADAPTER or CLASS:ADAPTER=WEIGHT,ADAPTER=WEIGHT, with spaces between."
@@ -37,16 +39,20 @@ def generate_images(
 ) -> dict[str, Any]:
     """Images by a denoiser and its adapters, all in one batch, as one PNG.
 
-    folder: a finished run, or a folder that holds `base/` (a diffusers folder) and a folder for
-        each adapter.
+    folder: a finished run, a diffusers folder, or a folder that holds one (`base/`) and a folder
+        for each adapter.
     prompt: words `CLASS[:ADAPTER[=WEIGHT][,...]]`, an image each; without an adapter the base's.
+        With a run of a Stable Diffusion base: what the image shows.
     seed: of the first image; the next has the next one. Seed, class and route decide an image.
 
     Raises `ModelError` for a folder without a denoiser, `DataError` that lists every word that
     cannot be followed, `OutputError` where the PNG cannot be written.
     """
     folder, image = Path(folder), Path(image)
-    base, settings = _base(folder, listen)
+    run = _run(folder)
+    if run is not None and not is_digits(run.config):
+        return draw_prompt(run, prompt, image, seed=seed, listen=listen)
+    base, settings = _base(folder, run, listen)
     known = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
     listen(Phase("loading the model", None, "files"))
     denoiser = load_denoiser(base)
@@ -56,23 +62,31 @@ def generate_images(
     return _generate(denoiser, wanted, image, seed, settings, listen)
 
 
-def _base(folder: Path, listen: Listener) -> tuple[Path, ImagesSection]:
-    """Where the folder's denoiser lies, and how it is to be sampled."""
-    if (folder / MANIFEST).is_file():
-        run = open_run(folder)
-        if run.config.model.task != "image":
-            raise RunError(
-                f"{folder} is a run of a language model", "leave --image out to give it a prompt."
-            )
-        run.check_finished()
-        return base_of(run, listen), run.config.images
-    if not (folder / BASE).is_dir():
-        raise ModelError(
-            f"{folder} has no {BASE}/, so there is no image model",
-            "name a run of an image model (`loralab train digits-styles`), or a folder with a"
-            f" diffusers folder {BASE}/ and one folder for each adapter.",
+def _run(folder: Path) -> Run | None:
+    """The finished run of an image model that the folder is; None for other folders."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    run = open_run(folder)
+    if run.config.model.task != "image":
+        raise RunError(
+            f"{folder} is a run of a language model", "leave --image out to give it a prompt."
         )
-    return folder / BASE, ImagesSection()
+    run.check_finished()
+    return run
+
+
+def _base(folder: Path, run: Run | None, listen: Listener) -> tuple[Path, ImagesSection]:
+    """Where the folder's denoiser lies, and how it is to be sampled."""
+    if run is not None:
+        return base_of(run, listen), run.config.images
+    for base in (folder / BASE, folder):
+        if (base / "unet").is_dir():
+            return base, ImagesSection()
+    raise ModelError(
+        f"{folder} has no {BASE}/, so there is no image model",
+        "name a run of an image model (`loralab train digits-styles`), a merged one, or a folder"
+        f" with a diffusers folder {BASE}/ and one folder for each adapter.",
+    )
 
 
 def parse_prompt(prompt: str, known: Sequence[str], *, num_classes: int) -> list[Wanted]:

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from loralab.adapters import load_adapter, merge
 from loralab.events import Listener, Phase
 from loralab.imaging import Denoiser, load_denoiser, save_denoiser
+from loralab.imaging.latent import is_pipeline, open_base
 from loralab.runs.folder import MANIFEST, open_run
 from loralab.runs.images.evaluating import base_of
 from loralab.training import ADAPTER_NAME
@@ -44,6 +47,14 @@ def merge_image_adapter(
     effect would be lost and not `force`.
     """
     listen(Phase("merging"))
+    if is_pipeline(base):
+        pipeline = open_base(str(base), device=torch.device("cpu"))
+        unet = pipeline.unet()
+        load_adapter(unet, adapter, ADAPTER_NAME)
+        merged, certificate = merge(unet, ADAPTER_NAME, limit=limit, force=force)
+        document = certificate.to_dict()
+        pipeline.save_with(merged, output, {CERTIFICATE: document})
+        return document
     denoiser = load_denoiser(base)
     load_adapter(denoiser.unet, adapter, ADAPTER_NAME)
     merged, certificate = merge(denoiser.unet, ADAPTER_NAME, limit=limit, force=force)

@@ -1,6 +1,7 @@
 """A finished run of an image model as plain data for its report."""
 
 import base64
+from shlex import quote
 from typing import Any
 
 from loralab.imaging import Sheet
@@ -15,17 +16,17 @@ PURPOSES = {
     "timing.jsonl": "seconds a step",
     "evaluation": "a row a judged image, and the figures",
     "grid.png": "the images of this page",
+    "samples": "images of the validation prompts on the way",
 }
 
 
-def image_report(run: Run, judgement: Judgement) -> dict[str, Any]:
-    """What `reports.write_image_report` draws."""
+def image_report(run: Run, judgement: Judgement, example: str) -> dict[str, Any]:
+    """What `reports.write_image_report` draws. example: a prompt for `generate --image`."""
     steps = [row for row in run.rows_of("metrics.jsonl") if "loss" in row]
     names = list(run.manifest["adapters"])
     first = [row for row in steps if row["adapter"] == names[0]]
     roles = first[0]["learning_rates"] if first else {}
     adapters = {name: f"the adapter {name}, in PEFT's format" for name in names}
-    prompt = " ".join(f"3:{name}" for name in names)
     return {
         "run": str(run.folder),
         "method": run.config.method.kind,
@@ -51,8 +52,8 @@ def image_report(run: Run, judgement: Judgement) -> dict[str, Any]:
         "timing": timing_of(run),
         "commands": [
             {
-                "purpose": "draw, each image with its own adapters and weights",
-                "command": f'loralab generate {run.folder} "{prompt} 3" --image out.png',
+                "purpose": "draw",
+                "command": f"loralab generate {run.folder} {quote(example)} --image out.png",
             },
             {"purpose": "judge again", "command": f"loralab evaluate {run.folder}"},
             {

@@ -6,11 +6,11 @@ The verb `train` and the report know image models by this surface alone.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from loralab.config import RunConfig
+from loralab.config import ImagesSection, RunConfig
 from loralab.data import Row
 from loralab.errors import ConfigError
 from loralab.events import Listener
@@ -31,6 +31,7 @@ class Judgement:
     sheets: Sequence[Sheet] = ()
 
 
+@runtime_checkable
 class ImageSubject(Protocol):
     """A base and what a recipe teaches it: an adapter for each kind of rows."""
 
@@ -59,12 +60,32 @@ class ImageSubject(Protocol):
         """The data, for the manifest: a resumed run must find them equal."""
         ...
 
+    @property
+    def example(self) -> str:
+        """What `generate --image` may be asked to draw with the adapters."""
+        ...
+
+    def watch(self, folder: Path, step: int, listen: Listener) -> None:
+        """Called after each step; whatever it draws changes nothing of the training."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the trained adapters in other formats than PEFT's, into their folders."""
+        ...
+
     def judge(self, folder: Path, listen: Listener) -> Judgement:
         """Look at what the trained adapters do, with the model hosting all of them.
 
         folder: of the run, for images that people open.
         """
         ...
+
+
+def foreign_keys(config: RunConfig, keys: Sequence[str], whose: str) -> list[str]:
+    """Faults of keys of `[images]` that are set and that this subject does not read."""
+    fields = ImagesSection.model_fields
+    set_ = [key for key in keys if getattr(config.images, key) != fields[key].default]
+    return [f"images.{key} is for {whose}" for key in set_]
 
 
 def open_subject(config: RunConfig, listen: Listener, base: Path | None = None) -> ImageSubject:
@@ -80,6 +101,9 @@ def open_subject(config: RunConfig, listen: Listener, base: Path | None = None) 
             f"method.kind is {config.method.kind!r}: of image models only adapters are trained",
             "set method.kind to 'lora'.",
         )
-    from loralab.runs.images.digits import open_digit_styles
+    from loralab.runs.images.digits import is_digits, open_digit_styles
+    from loralab.runs.images.latent import open_latent_style
 
-    return open_digit_styles(config, listen, base)
+    if is_digits(config):
+        return open_digit_styles(config, listen, base)
+    return open_latent_style(config, listen, base)

@@ -162,6 +162,8 @@ def _fit(
                 raise event.error
             assert not isinstance(event, Stopped)  # none is stopped for being worse
             telling.take(names[number], event)
+            if isinstance(event, StepDone) and number == len(names) - 1:
+                subject.watch(run.folder, event.step, listen)
     except TrainingError as error:
         run.knowing(state="failed", cause=error.cause).record()
         raise
@@ -188,12 +190,13 @@ def _conclude(run: Run, subject: ImageSubject, facts: dict[str, Any], listen: Li
         save_adapter(subject.model, name, run.folder / name)
         weights = (run.folder / name).glob("*.safetensors")
         facts["adapters"][name]["artifact_bytes"] = sum(file.stat().st_size for file in weights)
+    subject.export(run.folder)
     facts["artifact_bytes"] = sum(own["artifact_bytes"] for own in facts["adapters"].values())
     _join_journals(run, list(subject.rows))
     judgement = subject.judge(run.folder, listen)
     store_judgement(run, judgement)
     run = run.knowing(state="finished", **facts)
-    write_image_report(image_report(run, judgement), run.folder / "report.html")
+    write_image_report(image_report(run, judgement, subject.example), run.folder / "report.html")
     run.record()  # last: a kill before it is resumed
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     return run
