@@ -7,7 +7,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loralab.adapters import LoRAConfig, SharedInput, adapter_parameters, attach, noise, use
+from loralab.adapters import (
+    LoRAConfig,
+    SharedInput,
+    adapter_parameters,
+    attach,
+    following,
+    noise,
+    use,
+)
 from loralab.adapters.noise import draw_places, kept, streams
 from loralab.adapters.step import Part, low_rank_step
 
@@ -141,3 +149,37 @@ def test_stretches_of_rows_use_their_own_adapters_and_streams() -> None:
 
     for got, wanted in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_step_of_dora_is_its_formula(
+    bias: bool, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32, bias=bias), nn.Tanh(), nn.Linear(32, 8))
+    config = LoRAConfig(rank=3, alpha=6, targets=["0", "2"], dropout=dropout, dora=True)
+    attach(model, config, name="a")
+    parameters = adapter_parameters(model, "a")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+            assert parameter.requires_grad, name
+    x = torch.randn(5, 24)
+
+    def results() -> list[torch.Tensor]:
+        torch.manual_seed(7)  # the same masks
+        leaf = x.clone().requires_grad_()
+        with use(model, "a"):
+            y = model(leaf)
+        wanted = torch.autograd.grad(y.square().sum(), [leaf, *parameters.values()])
+        return [y, *wanted]
+
+    calls = []
+    step = following.decompose
+    monkeypatch.setattr(following, "decompose", lambda *a: calls.append(1) or step(*a))
+    by_step = results()
+    assert len(calls) == 2
+    monkeypatch.setattr(following, "decomposed_member", lambda module, mix: None)
+    for got, wanted in zip(by_step, results(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)

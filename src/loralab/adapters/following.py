@@ -1,9 +1,11 @@
 """How a hosting module follows a route: which rows get what of which adapter."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loralab.adapters import attention
@@ -11,7 +13,14 @@ from loralab.adapters.convolution_step import convolution_of, convolution_step, 
 from loralab.adapters.doubles import double, plain_tensors
 from loralab.adapters.items import as_addition, is_additive, replacements
 from loralab.adapters.layers import Path, path_of
-from loralab.adapters.members import fits, member_by_rows, member_of, share
+from loralab.adapters.members import (
+    decompose,
+    decomposed_member,
+    fits,
+    member_by_rows,
+    member_of,
+    share,
+)
 from loralab.adapters.routes import Mix, Probe, Route
 from loralab.adapters.rows import move_rows_first, row_dimension
 from loralab.adapters.step import low_rank_step
@@ -51,11 +60,24 @@ def follow(
     member = member_by_rows(module, route) if route.packed is not None else None
     if member is not None and fits(member, x):
         return low_rank_step(x, *cast(Any, share([member])))[0]
-    if all(is_additive(bank.get(name)) for mix in mixes.values() for name, _ in mix):
+    if torch.is_grad_enabled() and route.stretches and _steps_by_stretch(module, mixes, x):
+        y = torch.cat(
+            [
+                run(module, bank, mixes[mix], base, (x[rows],), {}) if mixes[mix] else base(x[rows])
+                for rows, mix in route.stretches
+            ]
+        )
+    elif all(is_additive(bank.get(name)) for mix in mixes.values() for name, _ in mix):
         y = _add_by_row(module, bank, route, x, move_rows_first(base(*args, **kwargs), dimension))
     else:
         y = _run_by_mix(module, bank, route, mixes, base, x)
     return move_rows_first(y, dimension)
+
+
+def _steps_by_stretch(module: nn.Module, mixes: dict[Mix, Mix], x: Tensor) -> bool:
+    """Whether rows that share a mix run through the training step of a convolution."""
+    found = [convolution_of(module, mix) for mix in mixes.values() if mix]
+    return all(each is not None and takes(each[0], x) for each in found)
 
 
 def run(
@@ -72,6 +94,10 @@ def run(
     member = member_of(module, mix)
     if member is not None and fits(member, input_of(args, kwargs)):
         return low_rank_step(input_of(args, kwargs), *cast(Any, share([member])))[0]
+    member = decomposed_member(module, mix)
+    if member is not None and fits(member, input_of(args, kwargs)):
+        x, unbiased = input_of(args, kwargs), replace(member, bias=None)
+        return decompose(low_rank_step(x, *cast(Any, share([unbiased])))[0], member)
     convolved = convolution_of(module, mix)
     if convolved is not None and takes(convolved[0], input_of(args, kwargs)):
         return convolution_step(input_of(args, kwargs), convolved[0], *convolved[1].factors())
@@ -99,16 +125,34 @@ def present(module: nn.Module, bank: Any, mix: Mix) -> Mix:
 
 
 def mixed_tensors(module: nn.Module, items: Sequence[tuple[nn.Module, float]]) -> dict[str, Tensor]:
-    """A module's tensors in a mix: the base's plus the weighted deltas, in the base's dtype."""
+    """A module's tensors in a mix: the base's plus the weighted deltas, in the base's dtype.
+
+    Of a head whose size is not the base's, the weighted sum. Raises `RouteError` for a mix of heads
+    of several sizes.
+    """
     base = plain_tensors(module)
+    usual = next(iter(base.values())).dtype
+    dtypes = {name: tensor.dtype for name, tensor in base.items()}
     if len(items) == 1 and items[0][1] == 1:  # the tensors themselves: norm statistics are updated
         own = replacements(items[0][0])
-        return {name: own[name].to(base[name].dtype) for name in own}
+        return {name: own[name].to(dtypes.get(name, usual)) for name in own}
     mixed = dict(base)
     for item, weight in items:
         for name, own in replacements(item).items():
-            if own.is_floating_point():
-                mixed[name] = mixed[name] + (weight * (own - base[name])).to(base[name].dtype)
+            if not own.is_floating_point():
+                continue
+            first = base.get(name)
+            if first is None or first.shape != own.shape:
+                if name not in mixed or mixed[name] is first:
+                    mixed[name] = torch.zeros_like(own, dtype=dtypes.get(name, usual))
+                first = torch.zeros_like(own)
+            if mixed[name].shape != own.shape:
+                raise RouteError(
+                    f"the adapters of a mix have heads of several sizes ({name} is "
+                    f"{tuple(mixed[name].shape)} and {tuple(own.shape)})",
+                    "mix adapters that tell the same classes apart.",
+                )
+            mixed[name] = mixed[name] + (weight * (own - first)).to(mixed[name].dtype)
     return mixed
 
 
@@ -144,7 +188,10 @@ def _add_by_row(module: nn.Module, bank: Any, route: Route, x: Tensor, y: Tensor
 def _run_by_mix(
     module: nn.Module, bank: Any, route: Route, mixes: dict[Mix, Mix], base: Forward, x: Tensor
 ) -> Tensor:
-    """Runs the module once for each distinct mix, on the rows that share it."""
+    """Runs the module once for each distinct mix, on the rows that share it.
+
+    Where their heads make several numbers of outputs, zeros fill up the others' rows.
+    """
     outputs: list[Tensor] = []
     order: list[int] = []
     for mix, rows in route.rows_of_mix.items():
@@ -152,4 +199,7 @@ def _run_by_mix(
         mine = mixes[mix]
         outputs.append(run(module, bank, mine, base, (taken,), {}) if mine else base(taken))
         order.extend(rows)
+    widest = max(y.shape[-1] for y in outputs)
+    if any(y.shape[-1] < widest for y in outputs):  # heads of several sizes
+        outputs = [F.pad(y, (0, widest - y.shape[-1])) for y in outputs]
     return torch.cat(outputs).index_select(0, torch.tensor(order, device=x.device).argsort())

@@ -2,14 +2,15 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loralab.adapters.items import Pair
+from loralab.adapters.items import Pair, weight_norm
 from loralab.adapters.layers import Path, path_of
 from loralab.adapters.routes import Mix, Route, route_in_force
 from loralab.adapters.step import EVERY_ROW, Part, SharedInput
@@ -61,21 +62,49 @@ def member_by_rows(module: nn.Module, route: Route) -> Member | None:
     return _member(module, uses) if apart and len(uses) == len(groups) else None
 
 
+def decomposed_member(module: nn.Module, mix: Mix) -> Member | None:
+    """The module as a member whose pair has a magnitude (DoRA), where all else is plain and the
+    adapter has its full weight. Its step is `low_rank_step`, and what `decompose` makes of that."""
+    if len(mix) != 1 or mix[0][1] != 1:
+        return None
+    item = cast(Any, module).adapters.get(mix[0][0])
+    if not isinstance(item, Pair) or item.magnitude is None or item.bias is not None:
+        return None
+    layer = _frozen_layer(module)
+    return layer and replace(layer, uses=(Use(mix[0][0], item, item.scale),))
+
+
 def _member(module: nn.Module, uses: Sequence[tuple[str, float, slice]]) -> Member | None:
-    base = getattr(module, "base_class", type(module))
-    if base.forward not in _PLAIN_FORWARDS:
+    layer = _frozen_layer(module)
+    if layer is None:
         return None
-    weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return None
-    matrix = cast(Path, path_of(module)).matrix(module)
     found = []
     for name, route_weight, rows in uses:
         item = cast(Any, module).adapters.get(name)
         if not isinstance(item, Pair) or item.magnitude is not None or item.bias is not None:
             return None
         found.append(Use(name, item, item.scale * route_weight, rows))
-    return Member(matrix, bias, tuple(found))
+    return replace(layer, uses=tuple(found))
+
+
+def _frozen_layer(module: nn.Module) -> Member | None:
+    """The module without its adapters, where it is a frozen linear layer that computes plainly."""
+    base = getattr(module, "base_class", type(module))
+    if base.forward not in _PLAIN_FORWARDS:
+        return None
+    weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    return Member(cast(Path, path_of(module)).matrix(module), bias)
+
+
+def decompose(y: Float[Tensor, "*rows out"], member: Member) -> Float[Tensor, "*rows out"]:
+    """`m / ||W + s B A|| y + b` for `y = W x + s B A x` (2402.09353, equation 5; the norm is a
+    constant in the gradient)."""
+    (use,) = member.uses
+    norm = weight_norm(member.weight, *use.pair.factors(), use.pair.scale)
+    decomposed = y * (cast(Tensor, use.pair.magnitude) / norm).to(y.dtype)
+    return decomposed if member.bias is None else decomposed + member.bias
 
 
 def member_in_force(module: nn.Module) -> Member | None:
