@@ -183,6 +183,12 @@ def _mask(x: Tensor, part: Part, places: Places | None) -> Tensor | None:
     return mask_at(x[part.rows], places[part.rows], part.dropout)
 
 
+def mask_dtype(weight: Tensor) -> torch.dtype:
+    """In which dtype the step of the layer with this weight reads its dropout mask."""
+    by_kernel = weight.ndim == 2 and weight.shape[0] % native.COLUMNS == 0 and native.covers(weight)
+    return torch.uint8 if by_kernel else weight.dtype
+
+
 def _kernel_mask(x: Tensor, part: Part, places: Places | None) -> native.Mask | None:
     if places is None or not part.dropout:
         return None
