@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 from served_adapters import llama, tokenizer
+from transformers import PreTrainedModel
 
 from loralab.serving.http import Service, create_app, listen, make_server
 from loralab.serving.opening import ServeSettings, open_service
@@ -37,11 +38,14 @@ class Server:
 
 
 @contextmanager
-def serving(adapters: Path, **settings: Any) -> Iterator[Server]:
-    """The tiny model with a folder of adapters, over HTTP."""
+def serving(
+    adapters: Path, model: PreTrainedModel | None = None, **settings: Any
+) -> Iterator[Server]:
+    """The tiny model, or another with its vocabulary, with a folder of adapters, over HTTP."""
     told: dict[str, Any] = {"base": "tiny", "num_slots": 2, "max_batch_size": 8, "max_tokens": 128}
     told |= {"proofs": None, "merging": False, **settings}
-    with open_service(llama(), tokenizer(), adapters, ServeSettings(**told)) as service:
+    served = llama() if model is None else model
+    with open_service(served, tokenizer(), adapters, ServeSettings(**told)) as service:
         bound = listen("127.0.0.1", 0)
         ready = threading.Event()
         server = make_server(create_app(service), ready.set)

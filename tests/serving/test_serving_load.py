@@ -98,7 +98,7 @@ def disturb(store: AdapterStore, registry: Path, stop: threading.Event) -> None:
             store.unload(name)
             time.sleep(0.01)
             try:
-                store.load(name, name).result(timeout=60).release()
+                store.load(name, name).result(timeout=600).release()
             except (CancelledError, CapacityError):
                 return
         time.sleep(0.02)

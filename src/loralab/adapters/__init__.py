@@ -16,6 +16,7 @@ from loralab.adapters.extracting import (
 )
 from loralab.adapters.fingerprint import check_fingerprint, fingerprint, is_from_base
 from loralab.adapters.fitting import misfits
+from loralab.adapters.heads import Head, label_names
 from loralab.adapters.hosting import Pair, adapted_modules, hosted_items
 from loralab.adapters.in_place import merge_in_place, restore
 from loralab.adapters.members import Member, base_member, member_in_force, share
@@ -55,6 +56,7 @@ __all__ = [
     "Combination",
     "Decomposed",
     "Difference",
+    "Head",
     "Layer",
     "LoRAConfig",
     "Member",
@@ -89,6 +91,7 @@ __all__ = [
     "hosted_items",
     "install",
     "is_from_base",
+    "label_names",
     "load_adapter",
     "lora_ga_starts",
     "member_in_force",

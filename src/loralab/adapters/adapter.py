@@ -1,5 +1,6 @@
 """An adapter as a value: what was learnt, apart from any model."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -81,6 +82,16 @@ class Adapter:
     def layer(self, module: str) -> Layer:
         """What the pair at that module belongs to."""
         return self.layers.get(module, _PLAIN)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the classes that its head tells apart; empty where its file says none."""
+        return tuple(json.loads(self.facts.get("classifier", "{}")).get("labels", ()))
+
+    @property
+    def pooling(self) -> str | None:
+        """How the classifier that it was trained on makes one state of a text's; None: unknown."""
+        return json.loads(self.facts.get("classifier", "{}")).get("pooling")
 
     @property
     def num_parameters(self) -> int:

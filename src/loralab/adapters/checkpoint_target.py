@@ -6,7 +6,7 @@ tensors of a file of their own, and the settings say so.
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def target_of(
     wanted = adapter.facts.get("model_class", kind)
     if lacking and wanted != kind:
         labels = _num_labels(adapter, lacking)
-        settings |= {"architectures": [wanted], **_labels(labels)}
+        settings |= {"architectures": [wanted], **_labels(labels, adapter.label_names)}
         if labels:
             config.num_labels = labels
         model = _skeleton(base, config, wanted)
@@ -163,10 +163,11 @@ def _num_labels(adapter: Adapter, heads: list[str]) -> int | None:
     )
 
 
-def _labels(number: int | None) -> dict[str, Any]:
+def _labels(number: int | None, names: Sequence[str]) -> dict[str, Any]:
     if number is None:
         return {}
-    names = [f"LABEL_{index}" for index in range(number)]
+    if len(names) != number:
+        names = [f"LABEL_{index}" for index in range(number)]
     return {
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},

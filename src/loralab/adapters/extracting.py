@@ -1,5 +1,6 @@
 """What a model hosts, as values and as parameters."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,12 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 from loralab.adapters.adapter import Adapter, Layer
 from loralab.adapters.doubles import plain_tensors
+from loralab.adapters.heads import label_names
 from loralab.adapters.hosting import adapted_modules
 from loralab.adapters.installing import hosting
 from loralab.adapters.items import Own, Pair, Rows
 from loralab.adapters.noise import table
 from loralab.adapters.peft_limits import apart_at, bystanders, other_names
 from loralab.adapters.settings import LoRAConfig
+from loralab.adapters.step import mask_dtype
 from loralab.adapters.targets import walk
 
 
@@ -46,7 +49,7 @@ def dropout_tables(model: nn.Module, name: str) -> list[Tensor]:
     for _, module in adapted_modules(model):
         pair, weight = module.adapters.get(name), getattr(module, "weight", None)
         if isinstance(pair, Pair) and pair.dropout and isinstance(weight, Tensor):
-            made = table(pair.A.shape[-1], pair.dropout, weight.dtype, weight.device)
+            made = table(pair.A.shape[-1], pair.dropout, mask_dtype(weight), weight.device)
             found[id(made)] = made
     return list(found.values())
 
@@ -159,7 +162,16 @@ def model_facts(model: nn.Module, pairs: Mapping[str, Any]) -> dict[str, str]:
     if getattr(config, "is_encoder_decoder", False):
         takes_text = getattr(model, "main_input_name", "") == "input_ids"
         facts["sequence_to_sequence"] = str(takes_text).lower()
+    if "SequenceClassification" in facts["model_class"] and config is not None:
+        facts["classifier"] = json.dumps(_classifier(config))
     return facts
+
+
+def _classifier(config: Any) -> dict[str, Any]:
+    """What a classifier's settings say beyond its weights: names of its classes, its pooling."""
+    names, pooling = label_names(config), getattr(config, "loralab_head", {}).get("pooling")
+    told: dict[str, Any] = {"labels": list(names)} if names else {}
+    return told | ({} if pooling is None else {"pooling": pooling})
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

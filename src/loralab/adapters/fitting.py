@@ -9,6 +9,7 @@ from loralab.adapters import layers
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.convolutions import shape_of_delta
 from loralab.adapters.doubles import plain_tensors
+from loralab.adapters.heads import Head
 from loralab.adapters.installing import bias_of
 from loralab.adapters.peft_limits import apart_at, other_names
 from loralab.adapters.targets import (
@@ -21,12 +22,15 @@ from loralab.adapters.targets import (
 Modules = Mapping[str, nn.Module]
 
 
-def misfits(adapter: Adapter, modules: Modules) -> list[str]:
-    """Everything in which the adapter does not fit the modules of a model; empty where it fits."""
+def misfits(adapter: Adapter, modules: Modules, head: Head | None = None) -> list[str]:
+    """Everything in which the adapter does not fit the modules of a model; empty where it fits.
+
+    head: of a model that takes adapters with any number of outputs.
+    """
     return [
         *_faults_of_pairs(adapter, modules),
         *packed_faults(adapter.config, modules, adapter.pairs),
-        *_faults_of_whole(adapter, modules),
+        *_faults_of_whole(adapter, modules, head),
         *_faults_of_rows(adapter, modules),
         *row_conflicts(modules, adapter.token_rows, {*adapter.pairs, *adapter.whole_modules}),
         *_faults_of_biases(biases_of(adapter), modules),
@@ -121,22 +125,25 @@ def _faults_of_pairs(adapter: Adapter, modules: Modules) -> list[str]:
     return faults
 
 
-def _faults_of_whole(adapter: Adapter, modules: Modules) -> list[str]:
+def _faults_of_whole(adapter: Adapter, modules: Modules, head: Head | None) -> list[str]:
     faults = []
     for path in adapter.whole_modules:
         if path not in modules:
             faults.append(f"{path}: the model has no such module")
             continue
-        own = plain_tensors(modules[path])
         given = tensors_of_module(adapter, path)
-        faults += [f"{path}.{name}: missing from the adapter" for name in own.keys() - given.keys()]
+        if head is not None and head.holds(path):
+            must, may = head.shapes(modules[path], given)
+        else:
+            tensors = plain_tensors(modules[path])
+            must, may = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, {}
+        own = must | may
+        faults += [f"{path}.{n}: missing from the adapter" for n in must.keys() - given.keys()]
+        faults += [f"{path}.{n}: the model has no such tensor" for n in given.keys() - own.keys()]
         faults += [
-            f"{path}.{name}: the model has no such tensor" for name in given.keys() - own.keys()
-        ]
-        faults += [
-            f"{path}.{name}: {tuple(given[name].shape)}, the model's is {tuple(own[name].shape)}"
+            f"{path}.{name}: {tuple(given[name].shape)}, the model's is {own[name]}"
             for name in own.keys() & given.keys()
-            if own[name].shape != given[name].shape
+            if own[name] != tuple(given[name].shape)
         ]
     return faults
 

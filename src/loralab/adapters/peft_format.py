@@ -20,6 +20,7 @@ from loralab.adapters.peft_limits import beyond_peft
 from loralab.adapters.peft_names import (
     APART,
     BASE,
+    CLASSIFIER,
     CONFIG_CHECKSUM,
     CONFIG_FILE,
     CONTENT,
@@ -82,8 +83,9 @@ def _metadata(adapter: Adapter, config: Mapping[str, Any], content: str) -> dict
     for key, table in tables:
         if table or (key == BASE and table is not None):
             metadata[key] = json.dumps(dict(table), separators=(",", ":"))
-    if "model_class" in adapter.facts:
-        metadata[MODEL_CLASS] = adapter.facts["model_class"]
+    for key, fact in ((MODEL_CLASS, "model_class"), (CLASSIFIER, "classifier")):
+        if fact in adapter.facts:
+            metadata[key] = adapter.facts[fact]
     return metadata
 
 

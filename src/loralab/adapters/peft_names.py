@@ -25,6 +25,7 @@ PEFT_APPLIES_OUT_PROJ = 2
 
 # our entries in the metadata of the tensors' file
 CONTENT, BASE, MODEL_CLASS = "loralab.content", "loralab.base", "loralab.model_class"
+CLASSIFIER = "loralab.classifier"
 CONFIG_CHECKSUM = "loralab.config_checksum"
 GROUPED, APART, REPEATED = "loralab.grouped", "loralab.apart", "loralab.repeated"
 

@@ -14,6 +14,7 @@ from loralab.adapters.adapter import Adapter, Kind, Layer
 from loralab.adapters.peft_names import (
     APART,
     BASE,
+    CLASSIFIER,
     EMBEDDINGS,
     FACTOR,
     GROUPED,
@@ -50,6 +51,7 @@ def assemble(
         apart=_table(metadata, APART, faults),
         base=_table(metadata, BASE, faults),
     )
+    _check_classifier(_table(metadata, CLASSIFIER, faults), faults)
     pairs = _pair_up(config, parts, ours, faults)
     whole = _whole_modules(config, parts.extra, faults)
     if len(faults) > before:
@@ -59,6 +61,8 @@ def assemble(
         facts["base_model"] = raw["base_model_name_or_path"]
     if MODEL_CLASS in metadata:
         facts["model_class"] = metadata[MODEL_CLASS]
+    if CLASSIFIER in metadata:
+        facts["classifier"] = metadata[CLASSIFIER]
     if isinstance(raw.get("task_type"), str):
         facts["task_type"] = raw["task_type"]
     if raw.get("fan_in_fan_out"):
@@ -247,6 +251,13 @@ def _owner(tensor: str, suffixes: Iterable[str]) -> str | None:
         if any(path.endswith(suffix) for suffix in suffixes):
             return path
     return None
+
+
+def _check_classifier(told: Mapping[str, Any], faults: list[str]) -> None:
+    labels, pooling = told.get("labels", []), told.get("pooling", "")
+    names = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
+    if not names or not isinstance(pooling, str):
+        faults.append(f"{CLASSIFIER} in the metadata is not readable")
 
 
 def _row_numbers(config: LoRAConfig, module: str) -> Tensor:

@@ -146,9 +146,19 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def _filled(module: nn.Module, path: str, adapter: Adapter, copy: bool) -> nn.Module:
-    """An adapter's copy of the module with its tensors in it."""
+    """An adapter's copy of the module with its tensors in it, which may be of other sizes (`Head`).
+
+    A bias that the adapter has not is zero, one that the module has not is its own.
+    """
     copied = plain_copy(module)
     given = tensors_of_module(adapter, path)
     for name, tensor in plain_tensors(copied).items():
-        tensor.data = given[name].to(device=tensor.device, copy=copy)
+        if name in given:
+            tensor.data = given.pop(name).to(device=tensor.device, copy=copy)
+        else:
+            weight = adapter.extra[f"{path}.{name.removesuffix('bias')}weight"]
+            tensor.data = tensor.new_zeros(weight.shape[0])
+    for name, bias in given.items():
+        owner = copied.get_submodule(name.rpartition(".")[0])
+        owner.bias = nn.Parameter(bias.to(device=_device(module), copy=copy))
     return copied

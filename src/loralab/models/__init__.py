@@ -1,7 +1,14 @@
 """Base models, their tokenizers and task heads; where their parts are; facts about sizes."""
 
 from loralab.models.checkpointing import enable_activation_checkpointing
-from loralab.models.classify import Pooling, last_token, mean_token, reads_last_token
+from loralab.models.classify import (
+    Pooling,
+    last_token,
+    mean_token,
+    name_labels,
+    pooling_of,
+    reads_last_token,
+)
 from loralab.models.hub import HUB_ID, PICKLES, hub_folder, pickle_error
 from loralab.models.load import build_model, load_model, redraw_head
 from loralab.models.options import Dtype, Task
@@ -42,8 +49,10 @@ __all__ = [
     "lower_parameters",
     "mean_token",
     "model_folder",
+    "name_labels",
     "num_parameters",
     "pickle_error",
+    "pooling_of",
     "quiet",
     "reads_last_token",
     "redraw_head",

@@ -6,6 +6,7 @@ with input embeddings it finds none. Here only the attention mask says what is p
 """
 
 import inspect
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -135,6 +136,18 @@ class MaskPooled(_Base):
         if self._head_is_linear:
             return head(self.dropout(pooled))
         return head(pooled.unsqueeze(1))  # RoBERTa's kind of head takes the first of the tokens
+
+
+def name_labels(model: nn.Module, names: Sequence[str]) -> None:
+    """Writes the names of a classifier's classes into its config, which is saved with it."""
+    config = cast(PretrainedConfig, model.config)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+
+
+def pooling_of(model: nn.Module) -> Pooling | None:
+    """How a classifier of `load_model` makes one state of a text's; None for any other model."""
+    return model._pooling if isinstance(model, MaskPooled) else None
 
 
 def reads_last_token(model: nn.Module) -> bool:

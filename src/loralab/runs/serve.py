@@ -2,20 +2,21 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from loralab.adapters import outline_adapter
+from loralab.adapters import Adapter, label_names, outline_adapter
 from loralab.errors import AdapterError, ConfigError, RunError
 from loralab.events import Listener, Note, Phase, ignore
-from loralab.models import Dtype, load_model, load_tokenizer, model_folder
+from loralab.models import Dtype, Pooling, load_model, load_tokenizer, model_folder
 from loralab.runs.folder import HEAD_FILE, Run, open_run
 from loralab.runs.workbench import base_model
+from loralab.serving.heads import is_classifier
 from loralab.serving.http import (
     Keys,
     Service,
@@ -126,18 +127,18 @@ def _of_base(serving: Serving) -> _Served:
         )
     name = Path(serving.base).name or serving.base
     registry = None if serving.adapters is None else Registry(serving.adapters)
-    if _writes_text(serving.base):
+    if _writes_text(serving.base) and not _are_classifiers(registry):
         model = load_model(serving.base, task="causal", dtype=serving.dtype)
         return _Served(model, serving.base, name, serving.adapters, {})
-    labels, bias = _heads(registry)
     model = load_model(
         serving.base,
         task="classification",
-        num_labels=labels,
-        head_bias=bias,
+        num_labels=_num_labels(serving.base),
+        pooling=_pooling(registry),
         dtype=serving.dtype,
     )
-    return _Served(model, serving.base, name, serving.adapters, {})
+    labels = label_names(model.config)
+    return _Served(model, serving.base, name, serving.adapters, {}, labels)
 
 
 def _of_run(serving: Serving) -> _Served:
@@ -182,15 +183,26 @@ def _writes_text(base: str) -> bool:
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
-def _heads(registry: Registry | None) -> tuple[int, bool]:
-    """(classes, whether there is a bias) of the first adapter's own head; two where none has."""
+def _num_labels(base: str) -> int:
+    """The classes of the model's own head, where its files hold one; else it is never asked."""
+    config: Any = AutoConfig.from_pretrained(model_folder(base))
+    return config.num_labels
+
+
+def _outlines(registry: Registry | None) -> Iterator[Adapter]:
+    """The adapters without their numbers; what cannot be read is left out, the store says why."""
     for name in registry.names() if registry is not None else ():
-        try:
-            extra = outline_adapter(cast(Registry, registry).folder(name)).extra
-        except AdapterError:
-            continue  # the store says so later
-        heads = [n for n in extra if n.rpartition(".")[0].endswith(("score", "classifier"))]
-        for head in heads:
-            if head.endswith(".weight"):
-                return extra[head].shape[0], head.removesuffix("weight") + "bias" in heads
-    return 2, False
+        with suppress(AdapterError):
+            yield outline_adapter(cast(Registry, registry).folder(name))
+
+
+def _are_classifiers(registry: Registry | None) -> bool:
+    """Whether there are adapters, and all of them are a classifier's."""
+    kinds = map(is_classifier, _outlines(registry))
+    return next(kinds, False) and all(kinds)
+
+
+def _pooling(registry: Registry | None) -> Pooling:
+    """How the first adapter that says so was trained to pool; the others must agree with it."""
+    told = (outline.pooling for outline in _outlines(registry))
+    return cast(Pooling, next((each for each in told if each in get_args(Pooling)), "native"))

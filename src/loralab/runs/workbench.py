@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from loralab.config import RunConfig
 from loralab.data import Dataset, Encoded, encode, encoding_facts, load_dataset
 from loralab.events import Listener, Note, Phase
-from loralab.models import choose_dtype, load_model, load_tokenizer
+from loralab.models import choose_dtype, load_model, load_tokenizer, name_labels
 from loralab.native import products
 from loralab.training import (
     PrefixStore,
@@ -62,8 +62,11 @@ class Workbench:
 
         `start` is where a run kept what its adapter began with; it is used if it is there.
         """
+        model = base_model(config)
+        if config.model.text_task == "classification":
+            name_labels(model, self.dataset.label_names)
         return prepare(
-            base_model(config),
+            model,
             config.method,
             config.training,
             task=config.model.text_task,

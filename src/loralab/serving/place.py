@@ -28,6 +28,7 @@ from loralab.adapters import (
 from loralab.errors import AdapterError, OutputError, RequestError
 from loralab.files import write_json
 from loralab.serving.engine import Engine
+from loralab.serving.heads import classification_head, kind_faults
 from loralab.serving.proof import measure_effect, prove
 from loralab.serving.requests import Entry
 from loralab.serving.store import Proof, Version
@@ -61,11 +62,13 @@ class EnginePlace:
         self._fingerprint = fingerprint(model)
         self.base = _hash(self._fingerprint)
         self._modules = dict(walk(model))
+        self._head = classification_head(model)
         self._base_answers: dict[tuple[int, ...], float] = {}
 
     def misfits(self, outline: Adapter) -> list[str]:
-        """Names and shapes that are not the model's."""
-        return misfits(outline, self._modules)
+        """Names and shapes that are not the model's. A head may have any number of classes."""
+        faults = kind_faults(self.model, self._head, outline)
+        return faults or misfits(outline, self._modules, self._head)
 
     def attach(self, version: Version, adapter: Adapter) -> Proof:
         """Hosts an adapter without `misfits` and proves it.

@@ -99,6 +99,7 @@ def _cards(service: Service) -> list[ModelCard]:
         root=service.base,
         version=service.fingerprint.rpartition("@")[2],
         max_model_len=service.max_tokens,
+        labels=list(service.labels) or None,
     )
     return [base, *(_card(service, state) for state in service.store.describe())]
 
@@ -111,6 +112,7 @@ def _card(service: Service, state: AdapterState) -> ModelCard:
         root=state.folder,
         version=None if state.version is None else state.version.content,
         max_model_len=service.max_tokens,
+        labels=None if state.version is None else list(state.version.labels) or None,
         proof=proof_of(state),
         tier=state.tier,
         pinned=state.pinned,

@@ -155,7 +155,10 @@ class ProofDocument(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The base, or an adapter on it. version: SHA-256 of what the adapter does."""
+    """The base, or an adapter on it. version: SHA-256 of what the adapter does.
+
+    labels: of a classifier, the names of the classes, where they have names.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -165,6 +168,7 @@ class ModelCard(BaseModel):
     root: str
     version: str | None = None
     max_model_len: int | None = None
+    labels: list[str] | None = None
     proof: ProofDocument | None = None
     tier: Literal["device", "memory", "disk"] | None = None
     pinned: bool | None = None

@@ -38,12 +38,16 @@ Texts = (
     | TokenIds
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
 )
+_NUMBER = r"[-+]?[0-9]{1,9}(\.[0-9]{1,9})?"
+MIX = rf"[^=,\s]+={_NUMBER}(,[^=,\s]+={_NUMBER})*"
 ModelName = Annotated[
     str,
     Field(
         min_length=1,
         max_length=2000,
         description="The base's or an adapter's name, or a mix such as `reviews=0.7,tweets=0.3`.",
+        # for whoever reads the document; `parse_target` takes a little more, and says what is wrong
+        json_schema_extra={"pattern": f"^([^=]+|{MIX})$"},
     ),
 ]
 Probability = Annotated[float, Field(gt=0, le=1)]

@@ -1,7 +1,7 @@
 """Which adapters a request's `model` means."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from loralab.errors import RequestError
@@ -42,11 +42,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A target whose adapters are in the model. fingerprint: what the answer says of itself."""
+    """A target whose adapters are in the model.
+
+    fingerprint: what the answer says of itself. labels: the adapters' names of their classes.
+    """
 
     entry: Entry
     identity: str
     fingerprint: str
+    labels: tuple[str, ...] = ()
 
 
 def parse_target(model: str, base: str) -> Target:
@@ -76,6 +80,12 @@ def parse_target(model: str, base: str) -> Target:
     return Target(model, base, {name: w for name, w in weights.items() if w != 0})
 
 
+def _labels(versions: Iterable[Version]) -> tuple[str, ...]:
+    """The names of classes that all of them have; none where they differ."""
+    found = {version.labels for version in versions}
+    return found.pop() if len(found) == 1 else ()
+
+
 def resolve(target: Target, lease: Lease, base_fingerprint: str) -> Resolved:
     """The entry for the engine, by the versions that were leased."""
     by_name: Mapping[str, Version] = {version.name: version for version in lease.versions}
@@ -84,7 +94,8 @@ def resolve(target: Target, lease: Lease, base_fingerprint: str) -> Resolved:
         return Resolved(None, "", base_fingerprint)
     if list(weights.values()) == [1.0]:
         [version] = weights
-        return Resolved(version.hosted, identity(weights), version.fingerprint)
+        labels = version.labels
+        return Resolved(version.hosted, identity(weights), version.fingerprint, labels)
     told = "+".join(f"{version.fingerprint}*{weight:g}" for version, weight in weights.items())
     entry = {version.hosted: weight for version, weight in weights.items()}
-    return Resolved(entry, identity(weights), told)
+    return Resolved(entry, identity(weights), told, _labels(weights))

@@ -81,7 +81,8 @@ async def _classify(service: Service, request: Request, body: ClassifyBody) -> C
         entry = admission.resolved.entry
         jobs = [service.engine.classify(ids, entry, tenant=target.tenant) for ids in prompts]
         rows = await _all(service, admission, jobs, prompts)
-        data = [_classified(service, index, row) for index, row in enumerate(rows)]
+        names = admission.resolved.labels
+        data = [_classified(service, names, index, row) for index, row in enumerate(rows)]
         return Classification(
             id=f"classify-{uuid4().hex}",
             created=int(service.now()),
@@ -92,12 +93,15 @@ async def _classify(service: Service, request: Request, body: ClassifyBody) -> C
         )
 
 
-def _classified(service: Service, index: int, logits: torch.Tensor) -> Classified:
+def _classified(
+    service: Service, names: Sequence[str], index: int, logits: torch.Tensor
+) -> Classified:
+    """names: of the adapter's own classes; where it gives none, the base's, if it has as many."""
     probabilities = logits.double().softmax(-1).tolist()
-    best = int(logits.argmax())
-    known = len(service.labels) == len(probabilities)
-    label = service.labels[best] if known else f"LABEL_{best}"
-    return Classified(index=index, label=label, probs=probabilities, num_classes=len(probabilities))
+    best, count = int(logits.argmax()), len(probabilities)
+    known = next((each for each in (names, service.labels) if len(each) == count), None)
+    label = f"LABEL_{best}" if known is None else known[best]
+    return Classified(index=index, label=label, probs=probabilities, num_classes=count)
 
 
 async def _prompts(service: Service, inputs: Any) -> list[tuple[int, ...]]:

@@ -46,8 +46,8 @@ class Entry:
     def was_read(self, version: Version, stamp: Stamp) -> None:
         """The folder holds this version."""
         self.seen, self.refused = stamp, None
-        if self.version is None:
-            self.version = version
+        if self.version is None or version == self.version:
+            self.version = version  # with what it says of itself now
         self.candidate = None if version == self.version else version
 
     def is_in_service(self, version: Version) -> None:

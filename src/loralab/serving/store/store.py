@@ -288,7 +288,13 @@ class AdapterStore:
         with self._lock:
             entry.reading = entry.stale = False
             if stored is not None:
-                version = Version(entry.name, stored.content, stored.num_bytes, stored.rank)
+                version = Version(
+                    entry.name,
+                    stored.content,
+                    stored.num_bytes,
+                    stored.rank,
+                    stored.adapter.label_names,
+                )
                 entry.was_read(version, stored.stamp)
                 if keep:
                     self._memory.put(version, stored.adapter, self._only_copy)

@@ -34,12 +34,14 @@ class Version:
 
     name: what requests call it.
     content: SHA-256 of what it does (`loralab.adapters.content_hash`).
+    labels: the names that its file gives the classes it tells apart; empty where it gives none.
     """
 
     name: str
     content: str
     num_bytes: int = field(default=0, compare=False)
     rank: int = field(default=0, compare=False)
+    labels: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def hosted(self) -> str:
