@@ -13,7 +13,7 @@ from torch import Tensor
 from loralab.errors import ModelError
 from loralab.files import replacing
 
-_GAP, _LABEL_HEIGHT, _LABEL_WIDTH = 2, 14, 72
+_GAP, _LABEL_HEIGHT, _LABEL_WIDTH = 2, 14, 72  # labels are wider where names are
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +26,11 @@ class Strip:
 
     def png(self) -> bytes:
         """The images beside each other, at their own size. Raises `ModelError` without pillow."""
-        pillow = _pillow()
+        pil = pillow()
         gap = self.images.new_full((*self.images.shape[1:3], _GAP), 1.0)
         parts = [part for image in self.images for part in (image, gap)]
         data = io.BytesIO()
-        pillow.Image.fromarray(_pixels(torch.cat(parts[:-1], -1), 1)).save(data, "PNG")
+        pil.Image.fromarray(_pixels(torch.cat(parts[:-1], -1), 1)).save(data, "PNG")
         return data.getvalue()
 
 
@@ -56,24 +56,27 @@ def write_grid(
 
     Raises `ModelError` without pillow, `OutputError` where `path` cannot be written.
     """
-    pillow = _pillow()
+    pil = pillow()
     height, width = (side * zoom + _GAP for side in cells[0][0].shape[-2:])
     top = _LABEL_HEIGHT if column_names else 0
-    size = (_LABEL_WIDTH + width * max(map(len, cells)), top + height * len(cells))
-    sheet = pillow.Image.new("RGB", size, "white")
-    draw = pillow.ImageDraw.Draw(sheet)
+    measure = pil.ImageDraw.Draw(pil.Image.new("RGB", (1, 1)))
+    left = max(_LABEL_WIDTH, *(int(measure.textlength(name)) + 6 for name in row_names))
+    size = (left + width * max(map(len, cells)), top + height * len(cells))
+    sheet = pil.Image.new("RGB", size, "white")
+    draw = pil.ImageDraw.Draw(sheet)
     for column, name in enumerate(column_names):
-        draw.text((_LABEL_WIDTH + column * width + 2, 1), name, fill="black")
+        draw.text((left + column * width + 2, 1), name, fill="black")
     for row, (name, images) in enumerate(zip(row_names, cells, strict=True)):
         draw.text((2, top + row * height + height // 2 - 6), name, fill="black")
         for column, image in enumerate(images):
-            place = (_LABEL_WIDTH + column * width, top + row * height)
-            sheet.paste(pillow.Image.fromarray(_pixels(image, zoom)), place)
+            place = (left + column * width, top + row * height)
+            sheet.paste(pil.Image.fromarray(_pixels(image, zoom)), place)
     with replacing(path) as aside:
         sheet.save(aside, format="PNG")
 
 
-def _pillow() -> Any:
+def pillow() -> Any:
+    """The package PIL with what is used of it. Raises `ModelError` where it is not installed."""
     try:
         import PIL.Image
         import PIL.ImageDraw

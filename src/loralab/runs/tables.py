@@ -1,5 +1,6 @@
 """What the verbs show in a terminal: rows of short text."""
 
+from shlex import quote
 from statistics import median
 from typing import Any
 
@@ -149,19 +150,23 @@ def run_lines(run: Run) -> str:
             f"{name.replace('_', ' ')} {formats.number(figure['mean'], 4)} ({_range(figure)})"
             for name, figure in list(figures(run.metrics(split)["metrics"]).items())[:3]
         )
-        lines.append(f"{split}: {shown}")
+        lines += [f"{split}: {shown}"] if shown else []
     if "adapters" in manifest:
         lines += [
             f"{run.folder / name}  {formats.data_size(own['artifact_bytes'])}"
             for name, own in manifest["adapters"].items()
         ]
-        drawn = " ".join(f"3:{name}" for name in manifest["adapters"])
-        then = f'loralab generate {run.folder} "{drawn} 3" --image out.png'
+        then = f"loralab generate {run.folder} {shell_word(manifest['example'])} --image out.png"
     else:
         lines.append(f"{run.artifact}  {formats.data_size(manifest['artifact_bytes'])}")
         then = f'loralab evaluate {run.folder} --data ... or loralab generate {run.folder} "..."'
     lines += [f"{run.folder / 'report.html'}", f"Next: {then}"]
     return "\n".join(lines)
+
+
+def shell_word(text: str) -> str:
+    """The text as one word of a command line."""
+    return quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
 def figures(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -25,6 +25,7 @@ from loralab.imaging.latent import (
 )
 from loralab.runs.folder import Run
 from loralab.runs.images import generate_images
+from loralab.runs.tables import run_lines
 from loralab.runs.train import resume, train
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -228,12 +229,13 @@ def test_faults_are_found_before_a_run_begins(
     assert any("left out: 3.png" in getattr(event, "text", "") for event in heard)
 
 
-def test_an_empty_prompt_is_refused(
+def test_what_to_do_next_is_a_prompt_and_an_empty_one_is_refused(
     tmp_path: Path, pipelines: dict[str, Path], images: Path
 ) -> None:
     quick = {"images__validation_prompts": [], "images__sample_steps": None}
     config = settings(pipelines["sd"], images, training__max_steps=1, **quick)
     run = train(config, tmp_path / "run")
+    assert run_lines(run).endswith(f'generate {run.folder} "a red field" --image out.png')
     with pytest.raises(DataError, match="the prompt is empty"):
         generate_images(run.folder, " ", tmp_path / "a.png")
 

@@ -241,3 +241,12 @@ def test_an_adapter_of_other_layers_is_in_force_under_a_route(
     with use(trainable.model, "default"):
         [[still_plain]] = draw(base, trainable.model, ["a"], DRAWING, routes=[None])
     assert torch.equal(plain, still_plain)
+
+
+def test_a_prompt_that_is_cut_is_told_once(
+    pipelines: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    base = opened(pipelines["sd"])
+    unet = base.unet()
+    draw(base, unet, ["word " * 20, "short"], DRAWING, routes=[None, None])
+    assert caplog.text.count("the base reads only the first tokens of the prompt") == 1

@@ -107,14 +107,16 @@ class LatentBase:
     @contextmanager
     def text_stage(self) -> Iterator[Any]:
         """The pipeline without UNet and VAE, for its `encode_prompt`."""
-        yield self._pipeline(unet=None, vae=None, scheduler=None)
+        with _quiet_diffusers():
+            yield self._pipeline(unet=None, vae=None, scheduler=None)
         self.release()
 
     @contextmanager
     def drawing(self, unet: nn.Module) -> Iterator[Any]:
         """The whole pipeline around a UNet that is loaded already, with the folder's sampler."""
         scheduler = self.sampler.from_pretrained(self.folder / SCHEDULER)
-        yield self._pipeline(unet=unet, vae=self.vae(), scheduler=scheduler)
+        with _quiet_diffusers():
+            yield self._pipeline(unet=unet, vae=self.vae(), scheduler=scheduler)
         self.release()
 
     def save_with(
@@ -204,6 +206,18 @@ def open_base(name: str, *, dtype: torch.dtype | None = None, device: torch.devi
     base = LatentBase(folder, family_of(folder), dtype or _stored_dtype(folder), device)
     _ = base.sampler  # found missing now, not after the training
     return base
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """What diffusers tells of prompts that are cut is told by who asks, once a prompt."""
+    talk = diffusers_library().utils.logging
+    verbosity = talk.get_verbosity()
+    talk.set_verbosity_error()
+    try:
+        yield
+    finally:
+        talk.set_verbosity(verbosity)
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

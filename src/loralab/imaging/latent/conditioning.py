@@ -44,9 +44,14 @@ def _encode(base: LatentBase, pipeline: Any, caption: str) -> Conditioning:
         do_classifier_free_guidance=False,
     )
     hidden, pooled = said[0], said[2] if base.family.is_xl else None
-    ids = pipeline.tokenizer(caption, truncation=False, verbose=False).input_ids
     return Conditioning(
         hidden[0].cpu(),
         None if pooled is None else pooled[0].cpu(),
-        len(ids) > pipeline.tokenizer.model_max_length,
+        is_cut(pipeline, caption),
     )
+
+
+def is_cut(pipeline: Any, caption: str) -> bool:
+    """Whether the pipeline's text encoder reads only a part of the caption."""
+    ids = pipeline.tokenizer(caption, truncation=False, verbose=False).input_ids
+    return len(ids) > pipeline.tokenizer.model_max_length

@@ -1,6 +1,7 @@
 """Images of prompts, drawn by the pipeline's own sampler; a seed decides an image."""
 
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,9 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loralab import adapters
+from loralab.imaging.grid import pillow
 from loralab.imaging.latent.base import LatentBase
-from loralab.imaging.latent.pictures import pillow, to_pixels
+from loralab.imaging.latent.conditioning import is_cut
+from loralab.imaging.latent.pictures import to_pixels
 from loralab.models import evaluating
+
+log = logging.getLogger("loralab")
 
 Image = Float[Tensor, "3 side side"]
 
@@ -46,6 +51,9 @@ def draw(
     may go on afterwards: modes and random streams are as before.
     """
     with base.drawing(unet) as pipeline:
+        for prompt in prompts:
+            if is_cut(pipeline, prompt):
+                log.warning("the base reads only the first tokens of the prompt %r", prompt)
         return [
             [_along(pipeline, unet, prompt, seed + number, drawing, route) for route in routes]
             for number, prompt in enumerate(prompts)
@@ -75,13 +83,13 @@ def to_bytes(image: Image) -> bytes:
     """The image as a PNG file."""
     values = ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     buffer = io.BytesIO()
-    pillow().fromarray(values.contiguous().numpy()).save(buffer, format="PNG")
+    pillow().Image.fromarray(values.contiguous().numpy()).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def from_bytes(data: bytes) -> Image:
     """The image in a PNG file, as `to_bytes` wrote it."""
-    return to_pixels(pillow().open(io.BytesIO(data)).convert("RGB"))
+    return to_pixels(pillow().Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def _along(

@@ -9,14 +9,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loralab.errors import DataError, ModelError
+from loralab.errors import DataError
+from loralab.imaging.grid import pillow
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,8 +98,7 @@ def frame(path: Path, resolution: int) -> Framed:
     scale = resolution / min(width, height)
     wide, high = (max(resolution, round(side * scale)) for side in (width, height))
     left, top = (wide - resolution) // 2, (high - resolution) // 2
-    library = pillow()
-    resized = image.resize((wide, high), library.Resampling.LANCZOS)
+    resized = image.resize((wide, high), pillow().Image.Resampling.LANCZOS)
     square = resized.crop((left, top, left + resolution, top + resolution))
     return Framed(to_pixels(square), (height, width), (top, left))
 
@@ -116,18 +116,6 @@ def unreadable(faults: Sequence[str]) -> DataError:
         f"{count} cannot be read: {_listed(faults)}",
         "mend or remove them, or set images.skip_unreadable to true to train without them.",
     )
-
-
-def pillow() -> Any:
-    """pillow's `Image`. Raises `ModelError` where it is not installed."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ModelError(
-            "images are read with pillow, which is not installed",
-            "install it: pip install 'loralab[images]'.",
-        ) from error
-    return Image
 
 
 def _images(folder: Path, faults: list[str]) -> dict[str, Path]:
@@ -212,9 +200,9 @@ def _without_caption(folder: Path, names: Sequence[str], total: int) -> DataErro
 
 
 def _upright(path: Path) -> "Image":
+    library = pillow().Image
     from PIL import ImageOps
 
-    library = pillow()
     try:
         with library.open(path) as opened:
             opened.load()

@@ -1,13 +1,13 @@
 """A finished run of an image model as plain data for its report."""
 
 import base64
-from shlex import quote
 from typing import Any
 
 from loralab.imaging import Sheet
 from loralab.runs.describe import files_of, timing_of
 from loralab.runs.folder import Run
 from loralab.runs.images.subject import Judgement
+from loralab.runs.tables import shell_word
 
 PURPOSES = {
     "config.toml": "every setting",
@@ -20,8 +20,8 @@ PURPOSES = {
 }
 
 
-def image_report(run: Run, judgement: Judgement, example: str) -> dict[str, Any]:
-    """What `reports.write_image_report` draws. example: a prompt for `generate --image`."""
+def image_report(run: Run, judgement: Judgement) -> dict[str, Any]:
+    """What `reports.write_image_report` draws."""
     steps = [row for row in run.rows_of("metrics.jsonl") if "loss" in row]
     names = list(run.manifest["adapters"])
     first = [row for row in steps if row["adapter"] == names[0]]
@@ -53,7 +53,8 @@ def image_report(run: Run, judgement: Judgement, example: str) -> dict[str, Any]
         "commands": [
             {
                 "purpose": "draw",
-                "command": f"loralab generate {run.folder} {quote(example)} --image out.png",
+                "command": f"loralab generate {run.folder} {shell_word(run.manifest['example'])}"
+                " --image out.png",
             },
             {"purpose": "judge again", "command": f"loralab evaluate {run.folder}"},
             {

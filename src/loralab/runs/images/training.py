@@ -191,12 +191,13 @@ def _conclude(run: Run, subject: ImageSubject, facts: dict[str, Any], listen: Li
         weights = (run.folder / name).glob("*.safetensors")
         facts["adapters"][name]["artifact_bytes"] = sum(file.stat().st_size for file in weights)
     subject.export(run.folder)
+    facts["example"] = subject.example
     facts["artifact_bytes"] = sum(own["artifact_bytes"] for own in facts["adapters"].values())
     _join_journals(run, list(subject.rows))
     judgement = subject.judge(run.folder, listen)
     store_judgement(run, judgement)
     run = run.knowing(state="finished", **facts)
-    write_image_report(image_report(run, judgement, subject.example), run.folder / "report.html")
+    write_image_report(image_report(run, judgement), run.folder / "report.html")
     run.record()  # last: a kill before it is resumed
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
     return run
