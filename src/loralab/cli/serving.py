@@ -27,6 +27,13 @@ from loralab.cli.common import app, common, console_for
     default="auto",
     show_default=True,
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["base", "int8"]),
+    default="base",
+    show_default=True,
+    help="In which decoding reads the base; what int8 costs is measured and said.",
+)
 @click.option("--require-probes", is_flag=True, help="Refuse adapters that cannot be proved.")
 @common
 def serve(
@@ -42,6 +49,7 @@ def serve(
     max_batch_size: int,
     max_tokens: int | None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"],
+    weights: Literal["base", "int8"],
     require_probes: bool,
     as_json: bool,
     quiet: bool,
@@ -99,6 +107,7 @@ def serve(
             max_batch_size=max_batch_size,
             max_tokens=max_tokens,
             dtype=dtype,
+            weights=weights,
             require_probes=require_probes,
         ),
         listen_to=console.listen,

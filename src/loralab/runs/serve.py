@@ -16,6 +16,7 @@ from loralab.events import Listener, Note, Phase, ignore
 from loralab.models import Dtype, Pooling, load_model, load_tokenizer, model_folder
 from loralab.runs.folder import HEAD_FILE, Run, open_run
 from loralab.runs.workbench import base_model
+from loralab.serving.fast import Precision
 from loralab.serving.heads import is_classifier
 from loralab.serving.http import (
     Keys,
@@ -47,6 +48,7 @@ class Serving:
     max_batch_size: int = 32
     max_tokens: int | None = None
     dtype: Dtype = "auto"
+    weights: Precision = "base"
     require_probes: bool = False
 
 
@@ -85,6 +87,7 @@ def serve(
                 "base": service.base,
                 "fingerprint": service.fingerprint,
                 "models": [service.base, *service.store.names()],
+                "weights": serving.weights,
                 "max_tokens": service.max_tokens,
                 "slots": serving.num_slots,
                 "keys": bool(keys.callers),
@@ -106,6 +109,7 @@ def opened(serving: Serving, keys: Keys, listen_to: Listener = ignore) -> Iterat
         num_slots=serving.num_slots,
         max_batch_size=serving.max_batch_size,
         max_tokens=serving.max_tokens,
+        weights=serving.weights,
         require_probes=serving.require_probes,
         labels=served.labels,
         keys=keys,

@@ -11,13 +11,15 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loralab.catalogue import cache_folder
+from loralab.errors import ModelError
 from loralab.serving.encoder import ModelEncoder
 from loralab.serving.engine import Engine
-from loralab.serving.fast import fast_runner
+from loralab.serving.fast import FastRunner, Precision, fast_runner
 from loralab.serving.http import Keys, Limits, Metrics, Service
 from loralab.serving.merged import MergedMode
 from loralab.serving.place import EnginePlace
 from loralab.serving.plain_runner import PlainRunner
+from loralab.serving.precision import TEXTS, precision_cost
 from loralab.serving.runner import Runner
 from loralab.serving.store import AdapterStore, Registry
 from loralab.serving.text import end_tokens
@@ -38,6 +40,8 @@ class ServeSettings:
 
     base: the name that requests call the base by.
     max_tokens: of a prompt and its answer together; None: the model's, at most 2048.
+    weights: "int8": text is decoded with int8 copies of the base's weights, half the bytes; what
+        that costs is measured and said at the start. Adapters stay as they are, apart from them.
     require_probes: adapters that cannot be proved are refused.
     merging: an adapter that is alone for long is merged into the weights meanwhile.
     proofs: where proofs of earlier times lie; None proves at every load.
@@ -47,6 +51,7 @@ class ServeSettings:
     num_slots: int = 8
     max_batch_size: int = 32
     max_tokens: int | None = None
+    weights: Precision = "base"
     require_probes: bool = False
     merging: bool = True
     labels: tuple[str, ...] = ()
@@ -84,6 +89,7 @@ def open_service(
             prompts=[tuple(tokenizer(text)["input_ids"]) for text in PROMPTS],  # pyright: ignore
             cache=settings.proofs,
             require_probes=settings.require_probes,
+            dtype=None if settings.weights == "base" else settings.weights,
         )
         engine.start()
         stack.callback(engine.close)
@@ -100,7 +106,8 @@ def open_service(
         stack.callback(store.close)
         for name, folder in aliases.items():
             store.load(name, folder).result().release()
-        fingerprint = f"{settings.base}@{place.base[:12]}"
+        read = "" if settings.weights == "base" else f"-{settings.weights}"
+        fingerprint = f"{settings.base}{read}@{place.base[:12]}"
         service = Service(
             engine,
             store,
@@ -121,7 +128,7 @@ def open_service(
 def _engine(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ServeSettings
 ) -> Engine:
-    writes = model.get_output_embeddings() is not None
+    writes, is_exact = model.get_output_embeddings() is not None, settings.weights == "base"
     longest = _max_tokens(model, settings)
     runner: Runner | None = None
     if writes:
@@ -129,15 +136,39 @@ def _engine(
         def plain() -> Runner:
             return PlainRunner(model, num_slots=settings.max_batch_size, max_tokens=longest)
 
-        runner = fast_runner(model, plain, num_slots=settings.max_batch_size, max_tokens=longest)
+        runner = fast_runner(
+            model,
+            plain,
+            num_slots=settings.max_batch_size,
+            max_tokens=longest,
+            precision=settings.weights,
+        )
+        _say_cost(runner, tokenizer)
+    elif settings.weights != "base":
+        raise ModelError(
+            f"{settings.base} writes no text: its classes and vectors are not computed in "
+            f"{settings.weights}",
+            "serve the weights as they are (`--weights base`).",
+        )
     return Engine(
         runner,
         tokenizer,
         encoder=ModelEncoder(model, max_tokens=longest),
         max_waiting=settings.limits.max_in_flight,
         eos_ids=end_tokens(model, tokenizer),
-        merging=MergedMode(model) if writes and settings.merging else None,
+        # merged weights would be rounded to whole numbers, and most of an adapter be lost in it
+        merging=MergedMode(model) if writes and settings.merging and is_exact else None,
     )
+
+
+def _say_cost(runner: Runner, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What reading the base's weights otherwise than they are costs on some texts, in the log."""
+    if not isinstance(runner, FastRunner) or runner.precision == "base":
+        return
+    texts = [tokenizer(text)["input_ids"][: runner.max_tokens] for text in TEXTS]  # pyright: ignore
+    exact = runner.in_base_precision(max(map(len, texts)))
+    cost = precision_cost(exact, runner, texts)
+    logger.info("weights in %s cost %s", runner.precision, cost)
 
 
 def _max_tokens(model: PreTrainedModel, settings: ServeSettings) -> int:

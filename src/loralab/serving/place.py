@@ -45,6 +45,7 @@ class EnginePlace:
     prompts: what an adapter without probes is measured on, as token ids.
     cache: the folder of earlier proofs, by base and adapter content; None proves every time.
     require_probes: refuses what cannot be proved.
+    dtype: in which the engine reads the base, where that is not the model's own: "int8".
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class EnginePlace:
         prompts: Sequence[Sequence[int]],
         cache: Path | None = None,
         require_probes: bool = False,
+        dtype: str | None = None,
     ) -> None:
         self.engine, self.model = engine, model
         self.prompts, self.cache, self.require_probes = prompts, cache, require_probes
-        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.dtype = dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
         self._fingerprint = fingerprint(model)
         self.base = _hash(self._fingerprint)
         self._modules = dict(walk(model))

@@ -16,7 +16,8 @@ from loralab.serving.store import Proof
 
 MOST_PROBES = 4  # the shortest ones: a proof must not hold up a server
 TOLERANCE = 0.1  # of the adapter's effect
-ROUNDING_NATS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}  # a probe, x sqrt(tokens)
+ROUNDING_NATS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2, "int8": 0.2}
+"""Of a probe's log-likelihood, times the root of its tokens."""
 UNPROVED_NO_PROBES = "no probes"
 SECANT_STEPS = 3
 SAME_FACTOR = 0.02

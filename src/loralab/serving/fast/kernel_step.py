@@ -1,11 +1,13 @@
 """The decoding step as one call of the compiled kernel: every block, any mix of adapters.
 
-The kernel reads the base's weights where they are. An adapter is one piece of memory in the
-kernel's layout, so that it comes and goes without touching another.
+The kernel reads the base's weights where they are, or int8 copies of them. An adapter is one piece
+of memory in the kernel's layout, so that it comes and goes without touching another.
 """
 
 import ctypes
+import itertools
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import c_int64, c_void_p
 from pathlib import Path
@@ -14,15 +16,24 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from loralab.native import Kernel
 from loralab.serving.fast.batch import Batch
 from loralab.serving.fast.coverage import Table
-from loralab.serving.fast.decoder import Decoder
+from loralab.serving.fast.decoder import Decoder, Projection
 from loralab.serving.fast.packing import Packed, pack
 from loralab.serving.fast.steps import Cache
-from loralab.serving.fast.structures import Block, Group, Linear, Model, Step, check_sizes
+from loralab.serving.fast.structures import (
+    NUM_PROJECTIONS,
+    Block,
+    Group,
+    Linear,
+    Model,
+    Step,
+    check_sizes,
+)
+from loralab.serving.fast.whole_numbers import Precision, WholeCopies
 
 KERNEL = Kernel("decoder", Path(__file__).with_name("kernel"), ("-pthread",))
 
@@ -46,6 +57,16 @@ def kernel_limits(decoder: Decoder) -> str | None:
     if not all(weight.is_contiguous() for weight in (*weights, decoder.output.weight)):
         return "its weights are not stored row by row"
     return None
+
+
+def _groups(decoder: Decoder) -> list[list[Projection | nn.Linear]]:
+    """All linear layers in order, those that read one input together."""
+    groups: list[list[Projection | nn.Linear]] = [
+        list(group)
+        for block in decoder.blocks
+        for _, group in itertools.groupby(block.projections, key=lambda each: each.input)
+    ]
+    return [*groups, [decoder.output]]
 
 
 class _Pool:
@@ -75,19 +96,27 @@ class KernelStep:
     """
 
     def __init__(
-        self, library: ctypes.CDLL, decoder: Decoder, num_slots: int, max_tokens: int
+        self,
+        library: ctypes.CDLL,
+        decoder: Decoder,
+        num_slots: int,
+        max_tokens: int,
+        precision: Precision = "base",
     ) -> None:
         suffix = _SUFFIX[decoder.dtype]
-        self._run = getattr(library, f"loralab_run_{suffix}")
+        read = "int8_" if precision == "int8" else ""
+        self._run = getattr(library, f"loralab_run_{read}{suffix}")
         self._pack = getattr(library, f"loralab_pack_{suffix}")
         self._run.argtypes = (c_void_p, c_void_p, ctypes.c_int)
         self._pack.argtypes = (c_void_p, c_int64)
         self._run.restype = self._pack.restype = None
         check_sizes(library)
         self.decoder = decoder
+        self.precision: Precision = precision
         self.cache = Cache(decoder, num_slots, max_tokens)
         self._adapters: dict[str, Packed] = {}
         self._copying = ThreadPoolExecutor(1, thread_name_prefix="packing")
+        self._copies = WholeCopies() if precision == "int8" else None
         self._kept: list[Tensor] = []
         self._pool = _Pool()
         self._places: list[int] = []
@@ -116,9 +145,10 @@ class KernelStep:
             kept.append(tensor.contiguous())
             return kept[-1].data_ptr()
 
+        linears = self._linears(place)
         self._blocks = (Block * len(decoder.blocks))()
-        for block, made in zip(decoder.blocks, self._blocks, strict=True):
-            made.linears[:] = [Linear(place(p.weight), place(p.bias)) for p in block.projections]
+        for number, (block, made) in enumerate(zip(decoder.blocks, self._blocks, strict=True)):
+            made.linears[:] = linears[number * NUM_PROJECTIONS :][:NUM_PROJECTIONS]
             norms = block.attention_norm, block.mlp_norm
             made.gains[:] = [place(norm.gain.float()) for norm in norms]
             made.epsilons[:] = [norm.epsilon for norm in norms]
@@ -138,13 +168,25 @@ class KernelStep:
             blocks=self._blocks,
             final_gain=place(decoder.final_norm.gain.float()),
             final_epsilon=decoder.final_norm.epsilon,
-            output=Linear(place(decoder.output.weight), place(decoder.output.bias)),
+            output=linears[-1],
             cos=place(decoder.cos.float()),
             sin=place(decoder.sin.float()),
             keys=keys.data_ptr(),
             values=self.cache.values.data_ptr(),
         )
         self._kept = kept
+
+    def _linears(self, place: Callable[[Tensor | None], int | None]) -> list[Linear]:
+        """Of all blocks' projections and the output layer, where `place` says they are."""
+        groups = _groups(self.decoder)
+        if self._copies is None:
+            return [Linear(place(p.weight), place(p.bias)) for group in groups for p in group]
+        copies = self._copies.of([[p.weight for p in group] for group in groups])
+        return [
+            Linear(place(whole.values), place(p.bias), place(whole.rows), place(whole.columns))
+            for group, wholes in zip(groups, copies, strict=True)
+            for p, whole in zip(group, wholes, strict=True)
+        ]
 
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Makes the target slot hold the first tokens of the source slot."""

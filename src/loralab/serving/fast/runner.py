@@ -15,44 +15,64 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loralab.adapters import Adapter, hosted, merged_name
-from loralab.errors import RouteError
+from loralab.errors import ModelError, RouteError
 from loralab.native import load_kernel
 from loralab.serving.fast.batch import flatten, mix_of
 from loralab.serving.fast.coverage import Hosts, Sites, Version
 from loralab.serving.fast.decoder import Decoder, find_decoder
 from loralab.serving.fast.kernel_step import KERNEL, KernelStep, kernel_limits
 from loralab.serving.fast.steps import Step, TorchStep
+from loralab.serving.fast.whole_numbers import Precision
 from loralab.serving.runner import Chunk, Runner
 
 log = logging.getLogger("loralab")
 
 
 def fast_runner(
-    model: nn.Module, plain: Callable[[], Runner], *, num_slots: int, max_tokens: int
+    model: nn.Module,
+    plain: Callable[[], Runner],
+    *,
+    num_slots: int,
+    max_tokens: int,
+    precision: Precision = "base",
 ) -> Runner:
     """The fastest runner of the model there is; `plain` makes the one that serves what is left.
 
     Freezes the model. Says in one line of the log why a model is left to the plain runner.
+    precision: "int8" decodes with int8 copies of the base's weights; what the plain runner serves
+        reads the model's own.
+    Raises `ModelError` where int8 is asked for and the kernel does not run this model.
     """
     model.requires_grad_(False).eval()
     decoder = find_decoder(model, max_tokens)
     if isinstance(decoder, str):
+        _refuse_int8(precision, decoder)
         log.info("the plain runner serves this model: %s", decoder)
         return plain()
-    step = _best_step(decoder, num_slots, max_tokens)
+    step = _best_step(decoder, num_slots, max_tokens, precision)
     return FastRunner(model, decoder, step, plain, num_slots, max_tokens)
 
 
-def _best_step(decoder: Decoder, num_slots: int, max_tokens: int) -> Step:
+def _best_step(decoder: Decoder, num_slots: int, max_tokens: int, precision: Precision) -> Step:
     """The kernel where it is there and covers the decoder, torch's operations elsewhere."""
     limits = kernel_limits(decoder)
     if limits is not None:
+        _refuse_int8(precision, limits)
         log.info("decoding runs on torch's operations: the kernel does not cover it: %s", limits)
         return TorchStep(decoder, num_slots, max_tokens)
     library = load_kernel(KERNEL)
     if library is None:
+        _refuse_int8(precision, "there is none here, as a warning before this says")
         return TorchStep(decoder, num_slots, max_tokens)
-    return KernelStep(library, decoder, num_slots, max_tokens)
+    return KernelStep(library, decoder, num_slots, max_tokens, precision)
+
+
+def _refuse_int8(precision: Precision, reason: str) -> None:
+    if precision == "int8":
+        raise ModelError(
+            f"int8 weights need the compiled kernel, which does not run this model: {reason}",
+            "serve the weights as they are (`--weights base`).",
+        )
 
 
 @dataclass
@@ -79,7 +99,7 @@ class FastRunner:
         self.vocab_size = decoder.output.weight.shape[0]
         self.step = step
         self.uncovered: dict[str, str] = {}
-        self._model, self._sites = model, Sites(model, decoder)
+        self._model, self._decoder, self._sites = model, decoder, Sites(model, decoder)
         self._make_plain = plain
         self._plain: Runner | None = None
         self._held = [_Held() for _ in range(num_slots)]
@@ -88,6 +108,16 @@ class FastRunner:
         self._order: dict[str, int] = {}
         self._merged: str | None = None
         self.adapters_changed()
+
+    @property
+    def precision(self) -> Precision:
+        """In which decoding reads the base's weights."""
+        return self.step.precision
+
+    def in_base_precision(self, max_tokens: int) -> "FastRunner":
+        """The same model for one sequence, decoded with its weights as they are."""
+        step = _best_step(self._decoder, 1, max_tokens, "base")
+        return FastRunner(self._model, self._decoder, step, self._make_plain, 1, max_tokens)
 
     def forward(self, chunks: Sequence[Chunk]) -> Float[Tensor, "chunks vocab"]:
         """fp32 logits after the last token of each chunk; the slots hold the tokens afterwards.

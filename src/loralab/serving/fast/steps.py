@@ -11,11 +11,17 @@ from torch import Tensor
 from loralab.serving.fast.batch import Batch, Group, Span
 from loralab.serving.fast.coverage import Factors, Table
 from loralab.serving.fast.decoder import Decoder, DecoderBlock, activate
+from loralab.serving.fast.whole_numbers import Precision
 
 
 @runtime_checkable
 class Step(Protocol):
     """A decoder with a cache of keys and values, and the adapters it can add."""
+
+    @property
+    def precision(self) -> Precision:
+        """In which the base's weights are read."""
+        ...
 
     def run(self, batch: Batch) -> Float[Tensor, "wanted vocab"]:
         """fp32 logits after the wanted tokens; the cache holds all tokens afterwards."""
@@ -63,6 +69,8 @@ class TorchStep:
 
     Layers that read the same input share one shrinking product; adapters take turns.
     """
+
+    precision: Precision = "base"
 
     def __init__(self, decoder: Decoder, num_slots: int, max_tokens: int) -> None:
         self.decoder = decoder
