@@ -81,6 +81,17 @@ class Route:
         return {mix: tuple(indices) for mix, indices in rows.items()}
 
     @functools.cached_property
+    def stretches(self) -> tuple[tuple[slice, Mix], ...]:
+        """Rows that follow each other with their mix, where each mix has one stretch; else ()."""
+        ends = [rows[-1] + 1 for rows in self.rows_of_mix.values()]
+        found = tuple(
+            (slice(rows[0], end), mix)
+            for (mix, rows), end in zip(self.rows_of_mix.items(), ends, strict=True)
+        )
+        whole = all(rows.stop - rows.start == len(self.rows_of_mix[mix]) for rows, mix in found)
+        return found if whole else ()
+
+    @functools.cached_property
     def names(self) -> frozenset[str]:
         """The adapters that any row uses."""
         return frozenset(name for mix in set(self.mixes) for name, _ in mix)
