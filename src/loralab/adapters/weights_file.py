@@ -79,11 +79,19 @@ class WeightsFile:
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The file's bytes, with two CRC-32 over all of them (their own place zero) in the metadata."""
-    data = safetensors.torch.save(dict(tensors), {**metadata, CHECKSUM: UNSET})
+    """The file's bytes, with two CRC-32 over all of them (their own place zero) in the metadata.
+
+    The same contents give the same bytes: the library alone would put the metadata in any order.
+    """
+    data = safetensors.torch.save(dict(tensors))
     start = 8 + int.from_bytes(data[:8], "little")
-    found = _checksum(zlib.crc32(data[:start]), zlib.crc32(memoryview(data)[start:]))
-    return data.replace(_entry(UNSET), _entry(found), 1)
+    entries = {**metadata, CHECKSUM: UNSET}
+    named = {"__metadata__": dict(sorted(entries.items())), **json.loads(data[8:start])}
+    text = json.dumps(named, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # as the library aligns the tensors
+    header, values = len(text).to_bytes(8, "little") + text, memoryview(data)[start:]
+    found = _checksum(zlib.crc32(header), zlib.crc32(values))
+    return header.replace(_entry(UNSET), _entry(found), 1) + values
 
 
 def read(file: Path) -> WeightsFile:

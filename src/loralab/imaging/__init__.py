@@ -10,7 +10,7 @@ from loralab.imaging.denoiser import (
 )
 from loralab.imaging.denoising import Denoising, DenoisingTask
 from loralab.imaging.digits import Digits, ImageRow, load_digits, stack
-from loralab.imaging.grid import Sheet, Strip, write_grid
+from loralab.imaging.grid import Sheet, Strip, pillow, write_grid
 from loralab.imaging.judging import (
     LOOKS,
     FrechetDistance,
@@ -55,6 +55,7 @@ __all__ = [
     "load_denoiser",
     "load_digits",
     "looks_seen",
+    "pillow",
     "sample_images",
     "save_denoiser",
     "stack",

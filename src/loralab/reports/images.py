@@ -1,11 +1,11 @@
 """A run of an image model -> a page: its images, what judges say of them, curves, settings."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loralab.reports import charts, formats, series
 from loralab.reports.blocks import (
-    Block,
     Cell,
     Column,
     Figure,
@@ -29,12 +29,13 @@ from loralab.reports.run import (
 )
 
 Row = Mapping[str, Any]
+BASE = "plain"
 
 
 def image_page(run: Row) -> Page:
     """The page of a run of an image model; parts the run lacks are left out."""
     adapters = [str(name) for name in run.get("adapters") or ()]
-    styles = charts.swatches(["lora", *adapters])
+    styles = _swatches(adapters)
     sections = [
         _gallery_section(run),
         _judge_section(run.get("judged") or {}, styles),
@@ -55,6 +56,16 @@ def image_page(run: Row) -> Page:
         sections=tuple(section for section in sections if section is not None),
         footer=" · ".join(f"{k} {v}" for k, v in (run.get("versions") or {}).items()),
     )
+
+
+def _swatches(adapters: Sequence[str]) -> dict[str, Swatch]:
+    """A colour and a shape for each adapter; the base is grey."""
+    known = charts.swatches(["lora", "full", "frozen", "head", *adapters[4:]]).values()
+    styles = {
+        name: replace(swatch, label=name) for name, swatch in zip(adapters, known, strict=False)
+    }
+    base = charts.swatches(["plain"])["plain"]
+    return {BASE: replace(base, label=BASE, colour="#7f8a95"), **styles}
 
 
 def _headline(run: Row, adapters: Sequence[str]) -> str:
@@ -139,7 +150,7 @@ def _mix_section(judged: Row, styles: Mapping[str, Swatch]) -> Section | None:
         for index, mix in enumerate(mixes)
     )
     names = dict.fromkeys(name for mix in mixes for name in (mix["start"], mix["end"]))
-    legend = tuple(_style_of(name, styles) for name in names)
+    legend = tuple(styles[name] for name in names)
     weights = mixes[0]["weights"]
     columns = (
         Column("from", numeric=False),
@@ -169,13 +180,7 @@ def _ends(end: float, start: float) -> Cell:
     return Cell(formats.percent(end), detail=formats.percent(start), heat=round(10 * end))
 
 
-def _style_of(name: str, styles: Mapping[str, Swatch]) -> Swatch:
-    """The base is grey."""
-    return styles.get(name) or Swatch(name, "#7f8a95", "circle", styles["lora"].path)
-
-
 def _mix_chart(mix: Row, styles: Mapping[str, Swatch]) -> charts.Spec:
-    ends = [_style_of(mix[end], styles) for end in ("start", "end")]
     rows = [
         {"look": mix[end], "weight": weight, "share": share}
         for end in ("start", "end")
@@ -189,12 +194,7 @@ def _mix_chart(mix: Row, styles: Mapping[str, Swatch]) -> charts.Spec:
         encoding={
             "x": {"field": "weight", "title": f"weight of {mix['end']}", **axis},
             "y": {"field": "share", "title": "probability", **axis},
-            "color": {
-                "field": "look",
-                "type": "nominal",
-                "scale": charts.by_method(ends, "colour"),
-                "legend": None,
-            },
+            "color": _colours("look", [styles[mix["start"]], styles[mix["end"]]]),
             "tooltip": [
                 {"field": "look", "type": "nominal"},
                 {"field": "weight", "type": "quantitative"},
@@ -204,22 +204,19 @@ def _mix_chart(mix: Row, styles: Mapping[str, Swatch]) -> charts.Spec:
     )
 
 
+def _colours(field: str, styles: Sequence[Swatch]) -> charts.Spec:
+    scale = charts.by_method(styles, "colour")
+    return {"field": field, "type": "nominal", "scale": scale, "legend": None}
+
+
 def _curve_section(run: Row, styles: Mapping[str, Swatch]) -> Section | None:
-    """Training loss of each adapter in a panel, and the learning rate."""
+    """Training loss of each adapter, and the learning rate."""
     train: Row = run.get("train") or {}
     if not train:
         return None
     lines = {name: _smoothed(name, losses) for name, losses in train.items()}
-    domain = series.padded_range(row["loss"] for line in lines.values() for row in line)
-    figures = [
-        Figure(
-            f"loss-{name}",
-            name,
-            charts.loss_chart(line, [], styles[name], domain, f"Training loss of {name}"),
-            styles[name],
-        )
-        for name, line in lines.items()
-    ]
+    legend = tuple(styles[name] for name in lines)
+    figures = [Figure("loss", "Loss", _loss_chart(lines, legend), legend=legend)]
     columns = (Column("adapter", numeric=False), Column("first loss"), Column("last loss"))
     rows = tuple(
         (
@@ -229,16 +226,39 @@ def _curve_section(run: Row, styles: Mapping[str, Swatch]) -> Section | None:
         )
         for name, line in lines.items()
     )
-    tables = [Table("Training loss, averaged as in the charts.", columns, rows, wide=False)]
+    tables = [Table("Training loss, averaged as in the chart.", columns, rows, wide=False)]
     rates: Row = run.get("learning_rates") or {}
     if rates:
-        legend = tuple(charts.swatches(rates).values())
-        spec, table = schedule_figure(rates, legend)
-        figures.append(Figure("schedule", "Learning rate", spec, legend=legend))
+        groups = tuple(charts.swatches(rates).values())
+        spec, table = schedule_figure(rates, groups)
+        figures.append(Figure("schedule", "Learning rate", spec, legend=groups))
         tables.append(table)
-    caption = "Mean squared error of the predicted noise or velocity; all panels share the axis."
-    blocks: tuple[Block, ...] = (FigureGrid(caption, tuple(figures), tuple(tables)),)
-    return Section("curves", "Training", "Training", blocks)
+    caption = "Mean squared error of the predicted noise or velocity, averaged over a twentieth of"
+    caption += " the steps."
+    grid = FigureGrid(caption, tuple(figures), tuple(tables), broad=True)
+    return Section("curves", "Training", "Training", (grid,))
+
+
+def _loss_chart(lines: Mapping[str, list[dict[str, Any]]], styles: Sequence[Swatch]) -> charts.Spec:
+    rows = [row for line in lines.values() for row in line]
+    domain = series.padded_range(row["loss"] for row in rows)
+    step = {"type": "quantitative", "scale": {"nice": False}, "axis": {"grid": False}}
+    loss = {"type": "quantitative", "scale": {"domain": domain, "zero": False, "nice": False}}
+    return charts.view(
+        "Training loss of each adapter against the step",
+        rows,
+        mark={"type": "line", "strokeWidth": 1.5},
+        encoding={
+            "x": {"field": "step", "title": "step", **step},
+            "y": {"field": "loss", "title": "loss", "axis": {"tickCount": 4}, **loss},
+            "color": _colours("run", styles),
+            "tooltip": [
+                {"field": "run", "type": "nominal", "title": "adapter"},
+                {"field": "step", "type": "quantitative", "format": ","},
+                {"field": "loss", "type": "quantitative", "format": ".4f"},
+            ],
+        },
+    )
 
 
 def _smoothed(name: str, losses: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from loralab.imaging import (
     is_trained,
     load_denoiser,
     load_digits,
+    pillow,
     styled,
 )
 from loralab.runs.images.judging import judge_styles
@@ -92,6 +93,7 @@ def is_digits(config: RunConfig) -> bool:
 def open_digit_styles(config: RunConfig, listen: Listener, base: Path | None = None) -> DigitStyles:
     """Check the settings, then get the base and the digits. Errors as `open_subject`."""
     _check(config)
+    pillow()  # which the end of a run needs, minutes later
     digits = load_digits()
     if base is None:
         base = _base(config, listen)

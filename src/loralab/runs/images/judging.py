@@ -83,10 +83,14 @@ class _Drawing:
     def __init__(self, denoiser: Denoiser, images: ImagesSection, listen: Listener) -> None:
         self._denoiser, self._images = denoiser, images
         self._listen, self._done = listen, 0
-        pairs = [(PLAIN, style) for style in images.styles]
-        self._pairs = [*pairs, *itertools.pairwise(images.styles)]
+        self._drawn: dict[tuple[Any, ...], Tensor] = {}
+        own = [(PLAIN, style) for style in images.styles]
+        self._pairs = [*own, *itertools.pairwise(images.styles)]
+        self._of_a_mix = MIX_IMAGES if images.judged_images else NUM_DIGITS
         judged = images.judged_images * (len(images.styles) + 1)
-        total = len(self._pairs) * len(WEIGHTS) * MIX_IMAGES + judged
+        inner = len(WEIGHTS) - 2
+        mixes = 1 + len(own) * (1 + inner) + (len(self._pairs) - len(own)) * inner
+        total = mixes * self._of_a_mix + judged
         listen(Phase("drawing what the adapters learned", total, "images"))
 
     def looks(self) -> dict[str, Tensor]:
@@ -97,8 +101,9 @@ class _Drawing:
 
     def mixes(self) -> list[Mix]:
         """From the base to each style, and from each style to the next."""
+        count = self._of_a_mix
         return [
-            Mix(start, end, {w: self._draw(MIX_IMAGES, _mixed(start, end, w)) for w in WEIGHTS})
+            Mix(start, end, {w: self._draw(count, _mixed(start, end, w)) for w in WEIGHTS})
             for start, end in self._pairs
         ]
 
@@ -114,10 +119,12 @@ class _Drawing:
         return found
 
     def _draw(self, count: int, route: dict[str, float]) -> Tensor:
-        made = _sample(self._denoiser, count, self._images, route)
-        self._done += count
-        self._listen(Progress(self._done))
-        return made
+        key = (count, *sorted(route.items()))
+        if key not in self._drawn:
+            self._drawn[key] = _sample(self._denoiser, count, self._images, route)
+            self._done += count
+            self._listen(Progress(self._done))
+        return self._drawn[key]
 
 
 def _sample(
