@@ -82,6 +82,10 @@ class RequestError(LoralabError):
     """A request that cannot be served as it is: a prompt that is too long, a bad parameter."""
 
 
+class ConflictError(RequestError):
+    """A request for a name that something else has."""
+
+
 class ServerError(LoralabError):
     """Another server that answers otherwise than it should: no JSON, no such model, a refusal."""
 

@@ -139,6 +139,8 @@ def test_embeddings(server: Server) -> None:
     vector = np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), "<f4")
     assert np.allclose(vector, plain.data[0].embedding, atol=1e-6)
     assert math.isclose(float(np.linalg.norm(vector)), 1, abs_tol=1e-5)
+    strange = server.post("/v1/embeddings", {"model": "reviews", "input": [[5], [2**31 - 1]]})
+    assert strange.status_code == 400 and "token 2147483647 is none of" in strange.text
     base = server.openai.embeddings.create(model="tiny", input="one")
     assert not np.allclose(base.data[0].embedding, vector, atol=1e-3)
 
@@ -224,7 +226,9 @@ def test_loading_and_unloading(server: Server, adapters: Path) -> None:
     assert loaded.status_code == 200, loaded.text
     assert loaded.json()["model"]["proof"]["state"] == "proved"
     again = server.post("/v1/load_lora_adapter", {"lora_name": "other", "lora_path": "tweets"})
-    assert again.status_code == 400 and "loaded already" in again.text
+    assert again.status_code == 409 and "loaded already" in again.text
+    beside = server.post("/v1/load_lora_adapter", {"lora_name": "reviews", "lora_path": "tweets"})
+    assert beside.status_code == 409 and "there is a folder 'reviews' beside" in beside.text
     for path in (str(adapters / "tweets"), "../tweets", "a/b", "~", "hub/model"):
         outside = server.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": path})
         assert outside.status_code == 403, path

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ class ModelEncoder:
         config: Any = model.config.get_text_config()
         self.max_tokens = _num_positions(model, config) if max_tokens is None else max_tokens
         self.model = model.eval()
+        self.vocab_size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         self._head = classification_head(model)
         self._head_modules = [
             (path, module)

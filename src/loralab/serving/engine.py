@@ -278,7 +278,7 @@ class Engine:
             raise RequestError(
                 f"this server has no model that can {job.kind}", "ask a server that has one."
             )
-        _check(job.token_ids, model.max_tokens, getattr(model, "vocab_size", None))
+        _check(job.token_ids, model.max_tokens, model.vocab_size)
         with self._changed:
             self._check_open()
             self._jobs.put(job.tenant, job)
@@ -321,7 +321,7 @@ class Engine:
             batch.set_apart()
 
 
-def _check(token_ids: Sequence[int], most: int, vocab_size: int | None) -> None:
+def _check(token_ids: Sequence[int], most: int, vocab_size: int) -> None:
     """Raises `RequestError` for a prompt that cannot be read."""
     if not token_ids:
         raise RequestError("the prompt is empty", "give at least one token.")
@@ -330,7 +330,7 @@ def _check(token_ids: Sequence[int], most: int, vocab_size: int | None) -> None:
             f"the prompt has {len(token_ids)} tokens, and at most {most} are read here",
             "shorten it, or serve with a larger `max_tokens`.",
         )
-    wrong = [t for t in token_ids if t < 0 or (vocab_size is not None and t >= vocab_size)]
+    wrong = [t for t in token_ids if not 0 <= t < vocab_size]
     if wrong:
         raise RequestError(
             f"token {wrong[0]} is none of the model's {vocab_size}",

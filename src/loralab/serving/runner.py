@@ -73,6 +73,7 @@ class Encoder(Protocol):
     """A model that reads whole texts at once: classes or vectors instead of tokens."""
 
     max_tokens: int
+    vocab_size: int
 
     def classify(
         self, texts: Sequence[Sequence[int]], entries: Sequence[Entry]

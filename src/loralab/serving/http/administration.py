@@ -33,7 +33,7 @@ def router(service: Service) -> APIRouter:
             raise service.unknown(model)
         return found
 
-    @made.post("/v1/load_lora_adapter", response_model=Done, responses=documented(404, 422))
+    @made.post("/v1/load_lora_adapter", response_model=Done, responses=documented(404, 409, 422))
     async def load(request: Request, body: LoadBody) -> Done:
         service.caller(request).check_admin()
         started = service.store.load(body.lora_name, body.lora_path, replace=body.load_inplace)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from loralab.errors import (
     AdapterError,
     CapacityError,
+    ConflictError,
     ForbiddenError,
     LoralabError,
     RequestError,
@@ -120,22 +121,22 @@ class Names:
     def enter(self, name: str, folder: str, *, replace: bool) -> None:
         """Serves a folder of the registry under a name.
 
-        Raises `RequestError` for a name that is none or is taken (unless `replace`), and as
-        `Registry.stamp` for the folder.
+        Raises `RequestError` for a name that is none, `ConflictError` for one that is taken
+        (unless `replace`), and as `Registry.stamp` for the folder.
         """
         if not is_name(name):
             raise RequestError(f"{name[:120]!r} is no adapter's name", f"give {WHAT_A_NAME_IS}.")
         if name in self._reserved:
-            raise RequestError(f"{name!r} is the base's name", "choose another lora_name.")
+            raise ConflictError(f"{name!r} is the base's name", "choose another lora_name.")
         self.registry.stamp(folder)
         present = self._entries.get(name)
         if present is not None and present.asked and not replace:
-            raise RequestError(
+            raise ConflictError(
                 f"adapter {name!r} is loaded already",
                 'unload it first, or pass "load_inplace": true.',
             )
         if name != folder and name in self.registry.names() and not replace:
-            raise RequestError(
+            raise ConflictError(
                 f"there is a folder {name!r} beside {folder!r}",
                 'choose another lora_name, or pass "load_inplace": true.',
             )

@@ -114,8 +114,8 @@ class AdapterStore:
     def load(self, name: str, folder: str, *, replace: bool = False) -> "Future[Lease]":
         """Serves the registry's `folder` under `name`, and puts it into the model.
 
-        Raises `RequestError` for a name that is taken (unless `replace`) or is no name,
-        `ForbiddenError` for a folder outside the registry.
+        Raises `ConflictError` for a name that is taken (unless `replace`), `RequestError` for what
+        is no name, `ForbiddenError` for a folder outside the registry.
         """
         with self._lock:
             self._names.enter(name, folder, replace=replace)
