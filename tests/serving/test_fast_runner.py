@@ -3,130 +3,36 @@
 import copy
 import ctypes
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
+from fast_models import (
+    ENTRIES,
+    SIZES,
+    STEPS,
+    build_model,
+    host,
+    needs_kernel,
+    one_thread,
+    runner_of,
+    tokens,
+    wanted,
 )
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from loralab.adapters import (
-    LoRAConfig,
-    attach,
-    detach,
-    extract,
-    install,
-    merge_in_place,
-    restore,
-    use,
-)
+from loralab.adapters import detach, extract, install, merge_in_place, restore
 from loralab.errors import RouteError
-from loralab.native import NoKernelError, build, find_compiler, load_kernel
-from loralab.serving.fast import FastRunner, fast_runner
+from loralab.native import NoKernelError, build, load_kernel
+from loralab.serving.fast import fast_runner
 from loralab.serving.fast.coverage import Factors
-from loralab.serving.fast.decoder import find_decoder
 from loralab.serving.fast.kernel_step import KERNEL, KernelStep
 from loralab.serving.fast.steps import TorchStep
 from loralab.serving.plain_runner import PlainRunner
-from loralab.serving.runner import Chunk, Runner
+from loralab.serving.runner import Chunk
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 75,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 400,
-    "pad_token_id": 0,
-}
-NUM_SLOTS, MAX_TOKENS = 6, 200
-
-
-def has_compiler() -> bool:
-    try:
-        find_compiler()
-    except NoKernelError:
-        return False
-    return True
-
-
-needs_kernel = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler is installed")
-STEPS = ["torch", pytest.param("kernel", marks=needs_kernel)]
-
-
-def build_model(kind: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    model: Any
-    match kind:
-        case "llama":
-            model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True))
-        case "qwen2":
-            model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True))
-        case "gemma":
-            model = GemmaForCausalLM(GemmaConfig(**SIZES))
-        case _:
-            model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype).eval()
-
-
-def host(model: Any, name: str, seed: int = 0, **changes: Any) -> None:
-    attach(model, LoRAConfig(**{"rank": 8, **changes}), name=name, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for path, parameter in model.named_parameters():
-        if path.endswith(f".adapters.{name}.B"):
-            parameter.data.normal_(std=0.3, generator=generator)
-
-
-def runner_of(model: Any, step: str) -> Any:
-    def plain() -> Runner:
-        return PlainRunner(model, num_slots=NUM_SLOTS, max_tokens=MAX_TOKENS)
-
-    if step == "kernel":
-        return fast_runner(model, plain, num_slots=NUM_SLOTS, max_tokens=MAX_TOKENS)
-    model.requires_grad_(False)
-    decoder = find_decoder(model, MAX_TOKENS)
-    assert not isinstance(decoder, str), decoder
-    torch_step = TorchStep(decoder, NUM_SLOTS, MAX_TOKENS)
-    return FastRunner(model, decoder, torch_step, plain, NUM_SLOTS, MAX_TOKENS)
-
-
-def tokens(count: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, SIZES["vocab_size"], (count,), generator=generator).tolist()
-
-
-@torch.no_grad()
-def wanted(model: Any, ids: list[int], entry: Any) -> torch.Tensor:
-    with use(model, entry):
-        return model(input_ids=torch.tensor([ids])).logits[0].float()
-
-
-ENTRIES: list[Any] = [None, "a", {"b": 0.5, "c": -0.3}, "c", "b"]
-
-
-@pytest.fixture(autouse=True)
-def no_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -155,9 +61,10 @@ def test_every_chunk_gives_what_the_model_gives(kind: str, step: str) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_depends_on_nothing_beside_it_bit_for_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("step", ["kernel", "int8"])
+def test_a_row_depends_on_nothing_beside_it_bit_for_bit(step: str, dtype: torch.dtype) -> None:
     model = build_model(dtype=dtype)
-    runner = runner_of(model, "kernel")
+    runner = runner_of(model, step)
     for seed, (name, rank) in enumerate({"a": 3, "b": 8, "c": 16}.items()):
         host(model, name, seed, rank=rank)
     runner.adapters_changed()

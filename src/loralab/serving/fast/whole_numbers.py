@@ -27,11 +27,11 @@ _LEAST = 1e-12  # of a scale: rows and columns of zeros have one too
 class Whole(NamedTuple):
     """A weight in whole numbers with its scales."""
 
-    values: Int8[Tensor, "out in"]
-    rows: Float[Tensor, " out"]
-    columns: Float[Tensor, " in"]
+    values: Int8[Tensor, "_out _in"]
+    rows: Float[Tensor, " _out"]
+    columns: Float[Tensor, " _in"]
 
-    def weight(self) -> Float[Tensor, "out in"]:
+    def weight(self) -> Float[Tensor, "_out _in"]:
         """What they stand for, fp32."""
         return self.rows[:, None] * self.values * self.columns
 
@@ -77,7 +77,7 @@ class WholeCopies:
     def __init__(self) -> None:
         self._first: dict[tuple[int, ...], list[Whole]] = {}
 
-    def of(self, groups: Sequence[Sequence[Float[Tensor, "_out in"]]]) -> list[list[Whole]]:
+    def of(self, groups: Sequence[Sequence[Float[Tensor, "_out _in"]]]) -> list[list[Whole]]:
         """A copy of each weight, group by group. Weights of a group read one input."""
         keys = [tuple(weight.data_ptr() for weight in group) for group in groups]
         missing = [g for key, g in zip(keys, groups, strict=True) if key not in self._first]

@@ -47,7 +47,7 @@ inline Floats all(float value) { return value - Floats{}; }
 // A value that is in a register: compilers like to read it from memory again at each use.
 template <class V>
 inline V held(V value) {
-#if defined(__x86_64__)
+#if defined(__AVX__)
   asm("" : "+v"(value));
 #endif
   return value;
