@@ -2,12 +2,16 @@
 
 import copy
 import ctypes
+import json
+import logging
 import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fast_models import (
+    SIZES,
     build_model,
     host,
     needs_kernel,
@@ -16,12 +20,17 @@ from fast_models import (
     tokens,
     wanted,
 )
+from served_adapters import tokenizer
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from loralab.adapters import merge_in_place, restore
-from loralab.errors import ModelError
+import loralab
+from loralab.adapters import Probe, merge_in_place, restore
+from loralab.errors import AdapterError, ModelError
+from loralab.measuring import log_likelihoods
 from loralab.native import build, load_kernel
 from loralab.serving.fast.kernel_step import KERNEL, KernelStep
 from loralab.serving.fast.whole_numbers import WholeCopies
+from loralab.serving.opening import ServeSettings, open_service
 from loralab.serving.precision import precision_cost
 from loralab.serving.runner import Chunk
 
@@ -187,3 +196,60 @@ def test_the_cost_is_measured_against_the_weights_as_they_are() -> None:
     assert "nats a token on 102 tokens" in str(cost)
     with pytest.raises(ValueError, match="two of them"):
         precision_cost(exact, runner, texts[:1])
+
+
+def served_llama() -> LlamaForCausalLM:
+    """As wide as the kernel needs it, with the tokenizer's vocabulary."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": len(tokenizer()), "eos_token_id": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.1)).eval()
+
+
+def write_adapter(folder: Path) -> None:
+    """An adapter with probes of what the model in fp32 says with it."""
+    model = served_llama()
+    host(model, "made", 1)
+    inputs = [tuple(range(5 + i, 40 + 5 * i, 2)) for i in range(3)]
+    found = log_likelihoods(model, inputs, route="made")
+    probes = tuple(Probe(ids, value) for ids, value in zip(inputs, found, strict=True))
+    loralab.save_adapter(model, "made", folder, probes=probes)
+
+
+@needs_kernel
+def test_a_server_says_what_int8_costs_and_proves_adapters_on_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_adapter(tmp_path / "good")
+    write_adapter(tmp_path / "loud")
+    told = tmp_path / "loud" / "adapter_config.json"
+    told.write_text(json.dumps({**json.loads(told.read_text()), "lora_alpha": 64}))
+    settings = ServeSettings(
+        base="tiny", max_batch_size=4, max_tokens=128, weights="int8", proofs=None
+    )
+    caplog.set_level(logging.INFO, logger="loralab")
+    with open_service(served_llama(), tokenizer(), tmp_path, settings) as service:
+        assert "weights in int8 cost" in caplog.text and "nats a token on" in caplog.text
+        assert service.fingerprint.startswith("tiny-int8@")
+        batch = service.engine._batch
+        assert batch is not None and batch.merging is None  # merged weights would be rounded
+        service.store.lease(["good"]).result(60).release()
+        proof = next(e.proof for e in service.store.describe() if e.name == "good")
+        assert proof is not None and proof.state == "proved"
+        with pytest.raises(AdapterError, match="wrong scale"):
+            service.store.lease(["loud"]).result(60)
+
+
+def test_a_model_that_writes_no_text_is_not_served_in_int8(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    settings = ServeSettings(base="tiny", max_tokens=64, weights="int8", proofs=None)
+    with (
+        pytest.raises(ModelError, match=r"tiny writes no text.*int8"),
+        open_service(BertForSequenceClassification(config).eval(), tokenizer(), None, settings),
+    ):
+        pass
