@@ -1,11 +1,19 @@
 """Three style adapters of one small image model, from nothing: trained, looked at, judged.
 
-`python benchmarks/styles.py --json` prints the judges' figures, seconds, and where the grid lies.
+`python benchmarks/styles.py --json` runs `loralab train digits-styles` and prints the judges'
+figures, seconds, where the grid lies, and what a training step costs: full fine-tuning's, ours and
+PEFT's in turns, at the recipe's settings.
+
+Meaning of the step's figures:
+rho: numbers of the adapter over those of the base.
+floor: (2 + 3 rho) / 3, LoRA's share of full fine-tuning's matrix work.
+ours_over_full, peft_over_full: medians of whole steps. over_floor: ours_over_full / floor.
 """
 
 import argparse
 import json
-import logging
+import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,47 +22,31 @@ from typing import Any
 
 import torch
 
-from loralab import adapters
-from loralab.config import MethodSection, TrainingSection
+from loralab.config import MethodSection, RunConfig, load_config
+from loralab.console import Console
 from loralab.imaging import (
-    LOOKS,
-    PLAIN,
-    STYLE_TARGETS,
-    STYLES,
-    Denoiser,
-    Digits,
+    BaseRecipe,
+    DenoisingTask,
     ImageRow,
-    Judges,
-    base_is_no_style,
-    build_denoiser,
-    denoising,
-    digit_accuracy,
-    frechet_distance,
-    load_denoiser,
+    digits_base,
     load_digits,
-    sample_images,
-    save_denoiser,
-    stack,
-    style_accuracy,
-    style_shares,
     styled,
-    train_judges,
-    write_grid,
 )
-from loralab.training import StepDone, Trainable, fit, prepare
-
-BASE_RATE, STYLE_RATE = 2e-3, 3e-3
-BASE_BATCH, STYLE_BATCH = 64, 24
-RANK, ALPHA = 8, 16
-MIX_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+from loralab.runs.folder import Run
+from loralab.runs.images import generate_images
+from loralab.runs.train import train
+from loralab.training import Trainable, prepare, repeatable_step
 
 
 def main() -> None:
     """Run everything and print one JSON document, or lines."""
     arguments = _arguments()
-    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s")
     torch.set_num_threads(arguments.threads)
-    found = measure(arguments)
+    folder = Path(arguments.output or tempfile.mkdtemp(prefix="loralab-styles-"))
+    if not arguments.cached:
+        os.environ["LORALAB_CACHE"] = str(folder / "cache")
+    found: dict[str, Any] = {} if arguments.step_only else verbs(folder, arguments)
+    found["step"] = step(arguments.threads, arguments.repeats)
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
@@ -62,166 +54,121 @@ def main() -> None:
         print(f"{name}: {value}")
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The base and the styles trained, sampled and judged."""
-    seconds: dict[str, float] = {}
-    folder = Path(arguments.output)
-    digits = load_digits()
-    with tempfile.TemporaryDirectory() as runs:
-        base, styles = Path(runs, "base"), Path(runs, "styles")
-        denoiser = _timed(seconds, "base", lambda: _base(digits, base, arguments))
-        save_denoiser(denoiser, folder / "base")
-        _timed(seconds, "styles", lambda: train_styles(denoiser, digits, styles, arguments))
-    for style in STYLES:
-        adapters.save_adapter(denoiser.unet, style, folder / style)
-    judges = train_judges(digits.held_out)
-    looks = [None, *STYLES]
-    thirty = [index % 10 for index in range(30)]
-    thirty_routes = [[*STYLES][index // 10] for index in range(30)]
-    _timed(
-        seconds,
-        "30_images",
-        lambda: sample_images(denoiser, thirty, seeds=range(30), routes=thirty_routes),
-    )
-    labels = [index % 10 for index in range(arguments.images)]
-    generated = {
-        look or PLAIN: sample_images(
-            denoiser, labels, seeds=range(len(labels)), routes=[look] * len(labels)
-        )
-        for look in looks
-    }
-    grid = folder / "grid.png"
-    mixes = mixed(denoiser, "bold", "outline")
-    _write_grid(generated, mixes, grid)
-    return {
-        **_judged(judges, generated, labels, digits),
-        "mix_bold_to_outline": _mix_shares(judges, mixes),
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "judges": {"digit_check": judges.digit_check, "style_check": judges.style_check},
-        "parameters": dict(
-            zip(("trained", "all"), adapters.count_parameters(denoiser.unet), strict=True)
-        ),
-        "images_of_each": len(labels),
-        "threads": arguments.threads,
-        "grid": str(grid),
-    }
-
-
-def train_base(digits: Digits, folder: Path, arguments: argparse.Namespace) -> Denoiser:
-    """A denoiser of the plain training digits; `folder` is its run."""
-    denoiser = build_denoiser()
-    training = _training(BASE_RATE, BASE_BATCH, arguments.base_steps, digits, arguments)
-    method = MethodSection(kind="full")
-    task = denoising(denoiser.scheduler, bfloat16=True)
-    _run(prepare(denoiser.unet, method, training, task=task), digits.train, folder)
-    return denoiser
-
-
-def train_styles(
-    denoiser: Denoiser, digits: Digits, folder: Path, arguments: argparse.Namespace
-) -> None:
-    """An adapter for each style over the same frozen base; each has its run under `folder`."""
-    training = _training(STYLE_RATE, STYLE_BATCH, arguments.style_steps, digits, arguments)
-    method = MethodSection(kind="lora", rank=RANK, alpha=ALPHA, targets=list(STYLE_TARGETS))
-    task = denoising(denoiser.scheduler, bfloat16=True)
-    for style in STYLES:
-        trainable = prepare(denoiser.unet, method, training, task=task, name=style)
-        _run(trainable, styled(digits.train, style), folder / style)
-
-
-def mixed(denoiser: Denoiser, start: str, end: str) -> dict[float, torch.Tensor]:
-    """Ten digits at each weight between two styles, from the same seeds."""
-    return {
-        weight: sample_images(
-            denoiser,
-            list(range(10)),
-            seeds=range(10),
-            routes=[{start: 1 - weight, end: weight}] * 10,
-        )
-        for weight in MIX_WEIGHTS
-    }
-
-
-def _base(digits: Digits, folder: Path, arguments: argparse.Namespace) -> Denoiser:
-    if arguments.base:
-        return load_denoiser(Path(arguments.base))
-    return train_base(digits, folder, arguments)
-
-
-def _training(
-    rate: float, batch_size: int, num_steps: int, digits: Digits, arguments: argparse.Namespace
-) -> TrainingSection:
-    return TrainingSection(
-        learning_rate=rate,
-        batch_size=batch_size,
-        epochs=-(-num_steps * batch_size // len(digits.train)) + 1,
-        max_steps=num_steps,
-        weight_decay=0.0,
-        checkpoint_steps=1000,
-        device="cpu",
-        threads=arguments.threads,
-    )
-
-
-def _run(trainable: Trainable, rows: Sequence[ImageRow], folder: Path) -> None:
-    """The product's own loop, without validation: no choice is made by held-out rows."""
-    for event in fit(trainable, rows, (), folder):
-        if isinstance(event, StepDone) and event.step % 100 == 0:
-            logging.info("%s step %d loss %.4f", folder.name, event.step, event.loss)
-
-
-def _judged(
-    judges: Judges, generated: dict[str, torch.Tensor], labels: list[int], digits: Digits
-) -> dict[str, Any]:
-    real = digits.held_out[: len(labels)]
-    distances = {
-        look: frechet_distance(judges, images, stack(styled(real, look)))
-        for look, images in generated.items()
-    }
-    return {
-        "style_accuracy": {
-            style: round(style_accuracy(judges, generated[style], style), 3) for style in STYLES
-        },
-        "digit_accuracy": {
-            look: round(digit_accuracy(judges, images, labels), 3)
-            for look, images in generated.items()
-        },
-        "base_is_no_style": round(base_is_no_style(judges, generated[PLAIN]), 3),
-        "frechet_distance": {
-            look: {"value": d.value, "low": d.low, "high": d.high} for look, d in distances.items()
-        },
-    }
-
-
-def _mix_shares(judges: Judges, mixes: dict[float, torch.Tensor]) -> dict[str, dict[str, float]]:
-    return {str(weight): style_shares(judges, images) for weight, images in mixes.items()}
-
-
-def _write_grid(
-    generated: dict[str, torch.Tensor], mixes: dict[float, torch.Tensor], path: Path
-) -> None:
-    cells = [list(generated[look][:10]) for look in LOOKS]
-    cells += [list(images) for images in mixes.values()]
-    names = [*LOOKS, *(f"outline {weight:.2f}" for weight in mixes)]
-    write_grid(cells, path, row_names=names, column_names=[str(digit) for digit in range(10)])
-
-
-def _timed(seconds: dict[str, float], name: str, work: Callable[[], Any]) -> Any:
+def verbs(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The base, the styles and thirty images by the product's verbs; what judges say of them."""
+    listen = Console(as_json=True).listen
+    config = load_config("digits-styles", [f"training.threads={arguments.threads}"])
+    base = digits_base(threads=arguments.threads, listen=listen)
     began = time.perf_counter()
-    result = work()
-    seconds[name] = time.perf_counter() - began
-    return result
+    run = train(config, folder / "run", listen=listen)
+    whole = time.perf_counter() - began
+    names = list(run.manifest["adapters"])
+    prompt = " ".join(f"{index % 10}:{names[index // 10]}" for index in range(30))
+    drawn = generate_images(run.folder, prompt, folder / "thirty.png", listen=listen)
+    judged = run.metrics("images")
+    looks: dict[str, Any] = judged["looks"]
+    return {
+        "style_accuracy": {name: looks[name]["style_accuracy"]["mean"] for name in names},
+        "digit_accuracy": {look: own["digit_accuracy"]["mean"] for look, own in looks.items()},
+        "base_is_no_style": judged["metrics"]["base_is_no_style"]["mean"],
+        "frechet_distance": {look: own["frechet_distance"] for look, own in looks.items()},
+        "mixes": judged["mixes"],
+        "merged": judged["merged"],
+        "judges": judged["judges"],
+        "seconds": {
+            "base": json.loads((base / "training.json").read_text())["seconds"],
+            "styles": _training_seconds(run),
+            "styles_and_judging": whole,
+            "30_images": drawn["seconds"],
+        },
+        "images_of_each": judged["rows"] // len(looks),
+        "threads": arguments.threads,
+        "grid": str(run.folder / judged["grid"]),
+        "report": str(run.folder / "report.html"),
+    }
+
+
+def _training_seconds(run: Run) -> float:
+    """Of all steps of all styles."""
+    return sum(row["seconds"] for row in run.rows_of("timing.jsonl") if "seconds" in row)
+
+
+def step(threads: int, repeats: int) -> dict[str, Any]:
+    """Whole training steps of one style at the recipe's settings, the three kinds in turns."""
+    config = load_config("digits-styles", [f"training.threads={threads}"])
+    rows = styled(load_digits().train, "bold")[: config.training.batch_size]
+    full = _trainable(config, MethodSection(kind="full"))
+    ours = _trainable(config, config.method)
+    steps = {
+        "full": repeatable_step(full, rows),
+        "ours": repeatable_step(ours, rows),
+        "peft": _peft_step(config, rows),
+    }
+    seconds = _in_turns(steps, repeats)
+    rho = ours.num_trainable / ours.num_base
+    floor = (2 + 3 * rho) / 3
+    return {
+        "milliseconds": {name: 1000 * value for name, value in seconds.items()},
+        "rho": rho,
+        "floor": floor,
+        "ours_over_full": seconds["ours"] / seconds["full"],
+        "peft_over_full": seconds["peft"] / seconds["full"],
+        "over_floor": seconds["ours"] / seconds["full"] / floor,
+        "rows": len(rows),
+    }
+
+
+def _trainable(config: RunConfig, method: MethodSection) -> Trainable:
+    denoiser = BaseRecipe().build()
+    task = DenoisingTask(denoiser.scheduler)
+    return prepare(denoiser.unet, method, config.training, task=task)
+
+
+def _peft_step(config: RunConfig, rows: Sequence[ImageRow]) -> Callable[[], float]:
+    """PEFT's own layers under the same loss, clipping and optimiser."""
+    import peft
+
+    method, training, denoiser = config.method, config.training, BaseRecipe().build()
+    settings = peft.LoraConfig(
+        r=method.rank, lora_alpha=round(method.alpha), target_modules=list(method.targets)
+    )
+    model: Any = peft.get_peft_model(denoiser.unet, settings)
+    objective = DenoisingTask(denoiser.scheduler)(model.base_model.model, None)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, fused=True)
+    model.train()
+
+    def step() -> float:
+        loss = objective.nll_sum(rows) / len(rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def _in_turns(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median seconds of each; two untimed rounds first."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 2):
+        for name, act in steps.items():
+            began = time.perf_counter()
+            act()
+            if turn > 1:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--base", help="a trained base's folder, instead of training one")
-    parser.add_argument("--base-steps", type=int, default=1150)
-    parser.add_argument("--style-steps", type=int, default=280)
-    parser.add_argument("--images", type=int, default=80, help="judged images of each style")
+    parser.add_argument("--cached", action="store_true", help="use the base in the user's cache")
+    parser.add_argument("--step-only", action="store_true", help="measure the step alone")
+    parser.add_argument("--repeats", type=int, default=25, help="timed steps of each kind")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", default=str(Path(tempfile.gettempdir()) / "loralab-styles"))
+    parser.add_argument("--output", help="a new folder; without it a temporary one")
     return parser.parse_args()
 
 
