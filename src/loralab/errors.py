@@ -83,7 +83,7 @@ class RequestError(LoralabError):
 
 
 class ConflictError(RequestError):
-    """A request for a name that something else has."""
+    """A request that what is there rules out: a name that is taken, a slot that must stay free."""
 
 
 class ServerError(LoralabError):

@@ -211,6 +211,8 @@ def test_an_adapters_own_names_of_its_classes(server: Server) -> None:
         assert row["label"] == names[max(range(3), key=row["probs"].__getitem__)]
     cards = {card["id"]: card for card in server.get("/v1/models").json()["data"]}
     assert cards["named"]["labels"] == list(names) and cards["two"]["labels"] is None
+    paths = server.get("/openapi.json").json()["paths"]
+    assert "/v1/classify" in paths and "/v1/completions" not in paths
     ragged = server.post("/v1/classify", {"model": "named=0.5,five=0.5", "input": "x"})
     assert ragged.status_code == 400 and "different numbers of classes" in ragged.text
     mixed = server.post("/v1/classify", {"model": "named=0.5,three=0.5", "input": "x"}).json()

@@ -229,6 +229,12 @@ def test_loading_and_unloading(server: Server, adapters: Path) -> None:
     assert again.status_code == 409 and "loaded already" in again.text
     beside = server.post("/v1/load_lora_adapter", {"lora_name": "reviews", "lora_path": "tweets"})
     assert beside.status_code == 409 and "there is a folder 'reviews' beside" in beside.text
+    pinned = {"lora_name": "other", "lora_path": "tweets", "load_inplace": True, "pinned": True}
+    assert server.post("/v1/load_lora_adapter", pinned).json()["model"]["pinned"] is True
+    more = {"lora_name": "more", "lora_path": "reviews", "pinned": True}
+    full = server.post("/v1/load_lora_adapter", more)
+    assert full.status_code == 409 and "one must stay free of pinned adapters" in full.text
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "more"}).status_code == 200
     for path in (str(adapters / "tweets"), "../tweets", "a/b", "~", "hub/model"):
         outside = server.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": path})
         assert outside.status_code == 403, path
@@ -236,6 +242,14 @@ def test_loading_and_unloading(server: Server, adapters: Path) -> None:
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "other"}).status_code == 404
     missing = server.post("/v1/load_lora_adapter", {"lora_name": "y", "lora_path": "nothing"})
     assert missing.status_code == 404
+
+
+def test_the_document_has_what_the_model_can(server: Server) -> None:
+    paths = server.get("/openapi.json").json()["paths"]
+    assert "/v1/completions" in paths and "/v1/embeddings" in paths
+    assert "/v1/classify" not in paths
+    refused = server.post("/v1/classify", {"model": "tiny", "input": "x"})
+    assert refused.status_code == 400 and "has no classification head" in refused.text
 
 
 def test_metrics_are_per_adapter(server: Server) -> None:

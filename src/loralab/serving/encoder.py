@@ -30,6 +30,7 @@ class ModelEncoder:
         self.model = model.eval()
         self.vocab_size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         self._head = classification_head(model)
+        self.classifies = self._head is not None
         self._head_modules = [
             (path, module)
             for path, module in walk(model)

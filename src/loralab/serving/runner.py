@@ -70,10 +70,14 @@ class Runner(Protocol):
 
 @runtime_checkable
 class Encoder(Protocol):
-    """A model that reads whole texts at once: classes or vectors instead of tokens."""
+    """A model that reads whole texts at once: classes or vectors instead of tokens.
+
+    classifies: whether it has a head that gives classes.
+    """
 
     max_tokens: int
     vocab_size: int
+    classifies: bool
 
     def classify(
         self, texts: Sequence[Sequence[int]], entries: Sequence[Entry]

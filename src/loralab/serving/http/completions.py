@@ -46,8 +46,8 @@ class Asked:
 
 
 def router(service: Service) -> APIRouter:
-    """The routes that write text."""
-    made = APIRouter(prefix="/v1")
+    """The routes that write text; they are in the document of a model that does."""
+    made = APIRouter(prefix="/v1", include_in_schema=service.writes)
     texts = TokenTexts(service.tokenizer)
 
     @made.post("/completions", response_model=Completion, responses=ERRORS)

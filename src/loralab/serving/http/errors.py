@@ -73,7 +73,7 @@ STATUS: Sequence[tuple[type[LoralabError], int, str, str]] = (
     (CapacityError, 503, "server_busy_error", "over_capacity"),
     (TookTooLongError, 504, "timeout_error", "timeout"),
     (AdapterError, 422, "invalid_request_error", "adapter_refused"),
-    (ConflictError, 409, "conflict_error", "name_taken"),
+    (ConflictError, 409, "conflict_error", "conflict"),
     (RequestError, 400, "invalid_request_error", "invalid_value"),
     (LoralabError, 500, "server_error", "internal_error"),
 )

@@ -79,7 +79,7 @@ class Generate(Body):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS), WHOLE] | None = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
+    seed: Annotated[int, WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Probability | None = 1.0
     top_k: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = 0

@@ -72,6 +72,16 @@ class Service:
         model = self.engine.runner or self.engine.encoder
         return model.max_tokens if model is not None else 0
 
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes text."""
+        return self.engine.runner is not None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model tells classes apart."""
+        return self.engine.encoder is not None and self.engine.encoder.classifies
+
     def unknown(self, model: str) -> UnknownAdapterError:
         """The error that names the nearest of all names, the base's among them."""
         hint = nearest(model, [self.base, *self.store.names()])

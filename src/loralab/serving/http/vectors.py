@@ -35,7 +35,12 @@ def router(service: Service) -> APIRouter:
     async def embeddings(request: Request, body: EmbeddingBody) -> Response:
         return await _answer(service, request, _embeddings(service, request, body))
 
-    @made.post("/classify", response_model=Classification, responses=ERRORS)
+    @made.post(
+        "/classify",
+        response_model=Classification,
+        responses=ERRORS,
+        include_in_schema=service.classifies,
+    )
     async def classify(request: Request, body: ClassifyBody) -> Response:
         return await _answer(service, request, _classify(service, request, body))
 

@@ -13,7 +13,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from loralab.adapters import Adapter
-from loralab.errors import AdapterError, CapacityError, LoralabError, RequestError
+from loralab.errors import (
+    AdapterError,
+    CapacityError,
+    ConflictError,
+    LoralabError,
+    RequestError,
+)
 from loralab.serving.store.leases import Lease, Waiter, fail, hand_over
 from loralab.serving.store.memory import Memory
 from loralab.serving.store.names import Entry, Names
@@ -136,13 +142,13 @@ class AdapterStore:
     def pin(self, name: str) -> "Future[Lease]":
         """Loads the adapter and keeps it in its slot whatever else is asked for.
 
-        Raises `CapacityError` where no slot would be left for the others.
+        Raises `ConflictError` where no slot would be left for the others.
         """
         with self._lock:
             entry = self._names.open(name)
             pinned = sum(e.pinned for e in self._names.entries() if e is not entry)
             if pinned + 1 >= self.num_slots:
-                raise CapacityError(
+                raise ConflictError(
                     f"{self.num_slots} slots: one must stay free of pinned adapters",
                     "pin fewer, or start the server with more --slots.",
                 )
