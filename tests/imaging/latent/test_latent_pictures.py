@@ -65,6 +65,8 @@ def test_every_fault_of_a_folder_is_said_at_once(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
         png(folder / name)
     (folder / "link.png").symlink_to(outside)
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "folder.png").mkdir()
     (folder / "b.txt").write_text("twice")
     (folder / "c.txt").write_text(" ")
     lines = [
@@ -82,6 +84,7 @@ def test_every_fault_of_a_folder_is_said_at_once(tmp_path: Path) -> None:
         read_pictures(folder)
     for said in (
         "link.png is a link to a place outside the folder",
+        "gone.png is a link to nothing",
         "line 1: '../secret.png' is outside the folder",
         f"line 2: '{outside}' is outside the folder",
         "line 3: there is no image 'nowhere.png'",

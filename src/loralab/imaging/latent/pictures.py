@@ -124,9 +124,13 @@ def _images(folder: Path, faults: list[str]) -> dict[str, Path]:
         name = path.relative_to(folder).as_posix()
         if path.suffix.lower() not in SUFFIXES or any(p.startswith(".") for p in name.split("/")):
             continue
+        if path.is_dir():
+            continue
         if not _is_inside(path, folder):
             faults.append(f"{name} is a link to a place outside the folder")
-        elif path.is_file():
+        elif not path.is_file():
+            faults.append(f"{name} is a link to nothing")
+        else:
             found[name] = path
     return found
 
