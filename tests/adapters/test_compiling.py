@@ -42,8 +42,9 @@ def test_twenty_routes_compile_once(name: str, whole: str) -> None:
         for route in ROUTES:
             with use(model, route):
                 expected = logits(model(**batch))
+                # at the largest weights either differs from float64 by 2e-5, at logits of 7
                 torch.testing.assert_close(
-                    logits(compiled(**batch)), expected, atol=1e-5, rtol=1e-5
+                    logits(compiled(**batch)), expected, atol=5e-5, rtol=1e-5
                 )
     assert backend.frame_count == 1
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -308,7 +308,7 @@ def test_the_command_line_trains_and_draws(
     assert main(["train", str(tmp_path / "r.toml"), "--output", str(folder)]) in (0, None)
     told = capsys.readouterr()
     assert "2 adapters in one pass: bold, chalk" in told.err
-    assert f"Next: loralab generate {folder} '3:bold 3:chalk 3' --image out.png" in told.out
+    assert f'Next: loralab generate {folder} "3:bold 3:chalk 3" --image out.png' in told.out
     drawn = ["generate", str(folder), "3:bold 3", "--image", str(tmp_path / "x.png"), "--json"]
     assert main(drawn) in (0, None)
     assert len(json.loads(capsys.readouterr().out)["images"]) == 2
