@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     metavar="SECTION.KEY=[VALUES]",
     help="Train every combination in one pass over one base (LoRA); --output holds a run each.",
 )
+@click.option(
+    "--stop-losers",
+    is_flag=True,
+    help="With --grid: stop the worse half after a quarter, and again after half, of the steps.",
+)
 @click.option("--resume", type=click.Path(path_type=Path), help="Continue this run, bit for bit.")
 @common
 def train(
@@ -35,6 +40,7 @@ def train(
     model: str | None,
     output: Path | None,
     grid: tuple[str, ...],
+    stop_losers: bool,
     resume: Path | None,
     as_json: bool,
     quiet: bool,
@@ -46,16 +52,19 @@ def train(
       loralab train demo method.rank=8 --output runs/rank-8
       loralab train --resume runs/rank-8
       loralab train digits-styles --output runs/styles    (an image model)
-      loralab train demo --output runs/grid --grid 'method.rank=[4,16]' \
-          --grid 'training.learning_rate=[3e-4,1e-3]'
+      loralab train demo --output runs/grid --grid 'training.learning_rate=[3e-4,1e-3]'
 
     With --grid the same command goes on where it was interrupted.
     """
     if resume is not None and (recipe is not None or output is not None or grid):
         raise click.UsageError("--resume takes its settings and place from the run alone")
+    if stop_losers and not grid:
+        raise click.UsageError("--stop-losers chooses among the runs of a --grid: give one")
     console = console_for(as_json, quiet)
     if grid:
-        _train_grid(console, recipe, overrides, model, output, grid, as_json)
+        if output is None:
+            raise click.UsageError("--grid needs --output: a folder that holds a run's folder each")
+        _train_grid(console, recipe, overrides, model, output, grid, stop_losers, as_json)
         return
     if resume is not None:
         from loralab.runs.train import resume as resume_run
@@ -80,27 +89,27 @@ def _train_grid(
     recipe: str | None,
     overrides: tuple[str, ...],
     model: str | None,
-    output: Path | None,
+    output: Path,
     grid: tuple[str, ...],
+    stop_losers: bool,
     as_json: bool,
 ) -> None:
     """Every combination of the grid, a folder each under `output`."""
-    if output is None:
-        raise click.UsageError("--grid needs --output: a folder that holds a run's folder each")
     settings_of(recipe, overrides, model)  # what is wrong with the recipe itself is said first
 
-    from loralab.runs.many import grid_of, train_many
-    from loralab.runs.tables import run_lines
+    from loralab.runs.grid import grid_lines, grid_of, grid_table
+    from loralab.runs.many import train_many
 
     named = () if model is None else (f'model.name="{model}"',)
     configs = grid_of(str(recipe), (*overrides, *named), grid)
     folders = [output / name for name in configs]
-    runs = train_many(list(configs.values()), folders, listen=console.listen)
+    runs = train_many(list(configs.values()), folders, listen=console.listen, halving=stop_losers)
+    told = grid_lines(runs)
     if as_json:
         console.data({"runs": [run.summary() for run in runs]})
         return
-    for run in runs:
-        console.text(run_lines(run) if run.finished else f"{run.folder}: {run.manifest['cause']}")
+    console.table(*grid_table(runs))
+    console.text(told)
 
 
 @app.command()

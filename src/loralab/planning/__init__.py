@@ -3,6 +3,7 @@
 from loralab.planning.curve import curve
 from loralab.planning.devices import DEVICES, Device, find_device
 from loralab.planning.levers import Lever, levers
+from loralab.planning.packed import most_runs, pass_levers, plan_pass
 from loralab.planning.plan import Plan, Planner
 from loralab.planning.serving import ServingPlan, plan_serving
 from loralab.planning.solve import Quantity, largest
@@ -28,6 +29,9 @@ __all__ = [
     "largest",
     "levers",
     "meta_model",
+    "most_runs",
+    "pass_levers",
+    "plan_pass",
     "plan_serving",
     "speed_of",
     "step_seconds",

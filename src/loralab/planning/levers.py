@@ -46,7 +46,7 @@ def _by_settings(planner: Planner, plan: Plan) -> Iterator[Lever]:
         except LoralabError:  # a model that cannot do it has no such lever
             continue
         settings = tuple(f"{k.replace('__', '.')}={_toml(v)}" for k, v in changes.items())
-        price = cost or _recomputation(plan, changed)
+        price = cost or recomputation(plan, changed)
         yield Lever(name, plan.peak_bytes - changed.peak_bytes, price, settings)
 
 
@@ -93,7 +93,8 @@ def _changes(
         yield "fused optimiser", {"training__fused": True}, "none known: it is also faster"
 
 
-def _recomputation(plan: Plan, changed: Plan) -> str:
+def recomputation(plan: Plan, changed: Plan) -> str:
+    """The price of recomputing, from both plans."""
     more = changed.accounts.flops / plan.accounts.flops - 1
     return f"{100 * more:.0f} % more matrix work: blocks run forward again in the backward pass"
 

@@ -9,7 +9,7 @@ from loralab.data import Encoded
 from loralab.errors import UntraceableError
 from loralab.placement import planned_for
 from loralab.planning.accounts import Accounts, Stretch
-from loralab.planning.blocks import linear_layers
+from loralab.planning.blocks import Run, linear_layers
 from loralab.planning.devices import Device
 from loralab.planning.estimate import ESTIMATE_ERROR_BAR, estimate
 from loralab.planning.predict import predict
@@ -35,7 +35,8 @@ class Plan:
 
     peak_bytes is what `torch.cuda.max_memory_allocated` will say; the driver shows
     `reserved_bytes + context_bytes`. `error_bar` is relative. `estimated`: by formula, since the
-    step could not be traced; it says why.
+    step could not be traced; it says why. Of `num_runs` trainings in one pass `config` is that of
+    the first.
     """
 
     config: RunConfig
@@ -44,6 +45,7 @@ class Plan:
     accounts: Accounts = field(repr=False)
     error_bar: float | int = ERROR_BAR
     estimated: str = ""
+    num_runs: int = 1
 
     @property
     def peak_bytes(self) -> int:
@@ -121,7 +123,7 @@ class Planner:
             known = self._plans.get(key)
             if known is None:
                 known = self._plans[key] = self._made(config, rows, whole=False)
-            if not quick and self._is_uneven(known):
+            if not quick and is_uneven(known, self._source(config).runs):
                 known = self._plans[key] = self._made(config, rows, whole=True)
         return known
 
@@ -133,14 +135,6 @@ class Planner:
             accounts = estimate(config, source.model)
             return Plan(config, self.device, self.step, accounts, ESTIMATE_ERROR_BAR, error.cause)
         return Plan(config, self.device, self.step, accounts)
-
-    def _is_uneven(self, made: Plan) -> bool:
-        """Whether the plan is extended, has much left on its pieces, and few enough blocks."""
-        highest = made.accounts.highest[1]
-        num_blocks = sum(run.length for run in self._source(made.config).runs)
-        extended = made.accounts.reserved is None and not made.estimated
-        leftovers = highest.unsplit > UNEVEN_SHARE * highest.rounded
-        return extended and leftovers and num_blocks <= WHOLE_BLOCKS
 
     def num_trained(self, config: RunConfig) -> int:
         """How many parameters the step trains."""
@@ -163,6 +157,14 @@ class Planner:
             with planned_for(self.device.type):
                 self._sources[key] = traceable(config, self.step, self.model)
         return self._sources[key]
+
+
+def is_uneven(made: Plan, runs: Sequence[Run]) -> bool:
+    """Whether the plan is extended, has much left on its pieces, and few enough blocks."""
+    highest = made.accounts.highest[1]
+    extended = made.accounts.reserved is None and not made.estimated
+    leftovers = highest.unsplit > UNEVEN_SHARE * highest.rounded
+    return extended and leftovers and sum(run.length for run in runs) <= WHOLE_BLOCKS
 
 
 def whole_numbers(parts: Mapping[str, float | int], total: int) -> dict[str, int]:

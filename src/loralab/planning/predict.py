@@ -1,6 +1,6 @@
 """From settings to the accounts of a training step, without a weight."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from loralab.config import RunConfig
@@ -11,7 +11,7 @@ from loralab.planning.blocks import Run, places_of
 from loralab.planning.devices import Device
 from loralab.planning.extend import extended
 from loralab.planning.facts import rules_for
-from loralab.planning.steps import Traceable, rows_for
+from loralab.planning.steps import Ready, Traceable, rows_for
 from loralab.planning.timeline import Timeline
 from loralab.planning.trace import Tracer, trace
 
@@ -35,16 +35,30 @@ def predict(
 
     Raises `PlanError` for a step that cannot be traced.
     """
-
     passes = config.training.accumulation
     traced = passes if rows else min(passes, TRACED_PASSES)
     rows = rows or rows_for(config.replace(training__accumulation=traced))
 
-    def few(kept: Sequence[Run]) -> Accounts:
-        return account(timeline(config, device, source, kept, rows), device, kept)
+    def ready(tracer: Tracer, kept: Sequence[Run]) -> Ready:
+        return source.ready(tracer, kept, config, rows)
 
-    accounts = few(source.runs) if whole else extended(few, source.runs)
+    accounts = accounts_of(ready, source.runs, device, whole=whole)
     return accounts if traced == passes else _repeated(accounts, passes / traced)
+
+
+def accounts_of(
+    ready: Callable[[Tracer, Sequence[Run]], Ready],
+    runs: Sequence[Run],
+    device: Device,
+    *,
+    whole: bool = False,
+) -> Accounts:
+    """The accounts of the step that `ready` makes of a model with the kept blocks of `runs`."""
+
+    def few(kept: Sequence[Run]) -> Accounts:
+        return account(timeline(ready, device, kept), device, kept)
+
+    return few(runs) if whole else extended(few, runs)
 
 
 def _repeated(accounts: Accounts, times: float | int) -> Accounts:
@@ -58,14 +72,10 @@ def _repeated(accounts: Accounts, times: float | int) -> Accounts:
 
 
 def timeline(
-    config: RunConfig,
-    device: Device,
-    source: Traceable,
-    runs: Sequence[Run],
-    rows: Sequence[Encoded],
+    ready: Callable[[Tracer, Sequence[Run]], Ready], device: Device, runs: Sequence[Run]
 ) -> Timeline:
     """What a step of the model with the kept blocks allocates and frees."""
     tracer = Tracer(rules_for(device))
     with planned_for(device.type):
-        ready = source.ready(tracer, runs, config, rows)
-        return trace(tracer, ready.step, places_of(ready.model, runs), before=ready.before)
+        made = ready(tracer, runs)
+        return trace(tracer, made.step, places_of(made.model, runs), before=made.before)

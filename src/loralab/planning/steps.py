@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal, cast
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from loralab.adapters import adapter_parameters, dropout_tables
-from loralab.config import RunConfig
+from loralab.config import RunConfig, TrainingSection
 from loralab.data import Encoded, collate
 from loralab.errors import PlanError
 from loralab.models import enable_activation_checkpointing, head_name, quiet
@@ -76,7 +76,7 @@ def _own(config: RunConfig, model: nn.Module) -> Trainable:
     return prepare(model, config.method, config.training, task=config.model.text_task, device=meta)
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """A step of this project makes its optimiser's state when it is built."""
 
 
@@ -92,29 +92,35 @@ class OwnStep(Traceable):
     def ready(
         self, tracer: Tracer, runs: Sequence[Run], config: RunConfig, rows: Sequence[Encoded]
     ) -> Ready:
-        model, fakes = _faked(self.model, tracer, runs)
-        whole = self._trainable
-        groups = (
-            dataclasses.replace(
-                group,
-                parameters={n: fakes[id(p)] for n, p in group.parameters.items() if id(p) in fakes},
-            )
-            for group in whole.groups
-        )
-        cut = dataclasses.replace(
-            whole,
-            model=model,
-            groups=tuple(group for group in groups if group.parameters),
-            training=config.training,
-            device=torch.device("cpu"),
-        )
+        model, fakes = faked(self.model, tracer, runs)
+        cut = cut_down(self._trainable, model, fakes, config.training)
         if cut.route is not None:
             tracer.label(adapter_parameters(model, cut.route).values(), "adapters")
         tracer.label(fakes.values(), "weights")
         with tracer.building():
             if cut.route is not None:
                 tracer.label(dropout_tables(model, cut.route), "dropout table")
-            return Ready(repeatable_step(cut, rows), model, before=_nothing)
+            return Ready(repeatable_step(cut, rows), model, before=nothing)
+
+
+def cut_down(
+    whole: Trainable, model: nn.Module, fakes: Mapping[int, Any], training: TrainingSection
+) -> Trainable:
+    """The trainable on a model of fewer blocks, whose tensors `fakes` has by the whole one's id."""
+    groups = (
+        dataclasses.replace(
+            group,
+            parameters={n: fakes[id(p)] for n, p in group.parameters.items() if id(p) in fakes},
+        )
+        for group in whole.groups
+    )
+    return dataclasses.replace(
+        whole,
+        model=model,
+        groups=tuple(group for group in groups if group.parameters),
+        training=training,
+        device=torch.device("cpu"),
+    )
 
 
 class PlainStep(Traceable):
@@ -131,7 +137,7 @@ class PlainStep(Traceable):
     def ready(
         self, tracer: Tracer, runs: Sequence[Run], config: RunConfig, rows: Sequence[Encoded]
     ) -> Ready:
-        model, fakes = _faked(self.model, tracer, runs)
+        model, fakes = faked(self.model, tracer, runs)
         if self._is_adapted:
             tracer.label((p for p in model.parameters() if p.requires_grad), "adapters")
         tracer.label(fakes.values(), "weights")
@@ -161,7 +167,7 @@ def real_step(config: RunConfig, kind: StepKind, device: torch.device) -> Step:
     return ready.step
 
 
-def _faked(
+def faked(
     model: nn.Module, tracer: Tracer, runs: Sequence[Run]
 ) -> tuple[nn.Module, dict[int, Any]]:
     """A copy of the model with the kept blocks and fake weights; the fakes by the originals' id."""

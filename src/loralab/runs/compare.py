@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.config import MethodKind, RunConfig, load_config
-from loralab.errors import ConfigError, Interrupted, OutputError, TrainingError
+from loralab.errors import ConfigError, Interrupted, OutputError, PlanError, TrainingError
 from loralab.events import Listener, Note, Phase, Progress, ignore
 from loralab.files import write_json, write_text
 from loralab.reports import write_comparison_report
@@ -193,16 +193,18 @@ class _Contest:
         rows = self.config.training.batch_size
         if method != "lora" or len(todo) < 2 or (rows > LARGEST_SHARED_BATCH and not halving):
             return
-        configs = [self._settings(method, *each) for each in todo]
-        folders = [self._folder(method, *each) for each in todo]
-        train_many(
-            configs,
-            folders,
-            listen=_only_progress(self.listen, f"{method}, {len(todo)} runs at once"),
-            workbench=self.bench,
-            splits=(),
-            halving=halving,
-        )
+        contest = wanted if halving else todo  # halving looks at those that are over, too
+        try:
+            train_many(
+                [self._settings(method, *each) for each in contest],
+                [self._folder(method, *each) for each in contest],
+                listen=_only_progress(self.listen, f"{method}, {len(todo)} runs at once"),
+                workbench=self.bench,
+                splits=(),
+                halving=halving,
+            )
+        except PlanError as error:
+            self.listen(Note(f"{method}: the runs train one after another: {error.cause}"))
 
     def _folder(self, method: MethodKind, rate: float, seed: int) -> Path:
         return self.folder / "runs" / method / f"rate-{rate:.1e}-seed-{seed}"

@@ -2,21 +2,33 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 from loralab.config import RunConfig
-from loralab.data import Encoded
+from loralab.data import Encoded, Row
 from loralab.errors import PlanError
 from loralab.events import Listener, Note
 from loralab.measuring import watch_peak
-from loralab.planning import Lever, Plan, Planner, find_device, levers
+from loralab.planning import (
+    Lever,
+    Plan,
+    Planner,
+    find_device,
+    levers,
+    most_runs,
+    pass_levers,
+    plan_pass,
+)
 from loralab.reports import formats
-from loralab.training import Event, StepDone, choose_device, lay_out
+from loralab.training import Event, StepDone, choose_device, lay_out, pieces_of
 
 SLACK_BYTES = 32 * 2**20
 """Beside the error bar: tables and batches that a process holds whatever it trains."""
 
 SHOWN_LEVERS = 4
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -38,6 +50,7 @@ class Forecast:
                 "measured_bytes": measured,
                 "error": None if not measured else plan.peak_bytes / measured - 1,
                 "error_bar": plan.error_bar,
+                "runs": plan.num_runs,
                 "phase": plan.phase,
                 "parts": plan.parts,
                 "device": plan.device.name,
@@ -47,18 +60,27 @@ class Forecast:
 
     def watching(self, events: Iterable[Event], listen: Listener) -> Iterator[Event]:
         """The same events; the planned step is measured on its way, and a wrong plan is told."""
-        stream = iter(events)
-        done, event = 0, next(stream, None)
-        while event is not None:
+        for _, event in self.watching_pass(((0, event) for event in events), listen):
             yield event
+
+    def watching_pass(
+        self, events: Iterable[tuple[int, T]], listen: Listener
+    ) -> Iterator[tuple[int, T]]:
+        """`watching` for the events of all runs of a pass, each with the run's number."""
+        stream = iter(events)
+        done = [0] * self.plan.num_runs
+        item = next(stream, None)
+        while item is not None:
+            yield item
+            number, event = item
             if isinstance(event, StepDone):
-                done = event.step
-            if done != self.step - 1 or self.measured_bytes is not None:
-                event = next(stream, None)
+                done[number] = event.step
+            if min(done) < self.step - 1 or self.measured_bytes is not None:
+                item = next(stream, None)
                 continue
             with watch_peak(choose_device(self.plan.config.training.device)) as watched:
-                event = next(stream, None)
-            if isinstance(event, StepDone):
+                item = next(stream, None)
+            if item is not None and isinstance(item[1], StepDone) and item[1].step == self.step:
                 self.measured_bytes = watched.peak_bytes
                 self._tell(listen)
 
@@ -105,6 +127,31 @@ def forecast(config: RunConfig, rows: Sequence[Encoded], listen: Listener) -> Fo
     return made
 
 
+def forecast_many(
+    configs: Sequence[RunConfig], rows: Sequence[Encoded], listen: Listener
+) -> Forecast | None:
+    """`forecast` of runs in one pass: the step in which they have the most padded tokens together.
+
+    The levers that a `PlanError` names are how many of the runs fit, and settings for all.
+    """
+    training = configs[0].training
+    kind = choose_device(training.device).type
+    if training.memory_plan == "off" or kind not in _PLANNED:
+        return None
+    step, batches = _largest_together(configs, rows)
+    device = find_device(kind if training.device == "auto" else training.device)
+    plan = plan_pass(configs, device, batches)
+    made = Forecast(plan, step)
+    listen(Note(sentence(plan), topic="memory-plan"))
+    if not plan.fits:
+        made.levers = pass_levers(configs, plan, batches)
+        refusal = too_large(plan, made.levers, fitting=most_runs(configs, device, batches))
+        if training.memory_plan == "stop":
+            raise refusal
+        listen(Note(f"{refusal.cause}; {refusal.next_step}", warning=True, topic="memory-plan"))
+    return made
+
+
 _PLANNED = ("cpu", "cuda")
 
 
@@ -114,26 +161,54 @@ def sentence(plan: Plan) -> str:
         f"{kind} {formats.data_size(held)}" for kind, held in list(plan.parts.items())[:3]
     )
     kind = "estimated" if plan.estimated else "planned"
+    whose = f" of {plan.num_runs} runs in one pass" if plan.num_runs > 1 else ""
+    peak = f"{formats.data_size(plan.peak_bytes)} ± {formats.percent(plan.error_bar, 0)}"
     return (
-        f"{kind} peak: {formats.data_size(plan.peak_bytes)} ± {formats.percent(plan.error_bar, 0)} "
-        f"of {formats.data_size(plan.device.capacity_bytes)} ({plan.phase}; {largest})"
+        f"{kind} peak{whose}: {peak} of {formats.data_size(plan.device.capacity_bytes)} "
+        f"({plan.phase}; {largest})"
     )
 
 
-def too_large(plan: Plan, found: Sequence[Lever]) -> PlanError:
-    """The error of a step that does not fit, with what would help."""
+def too_large(plan: Plan, found: Sequence[Lever], *, fitting: int = 0) -> PlanError:
+    """The error of a step that does not fit, with what would help.
+
+    fitting: how many runs of a pass would.
+    """
     helpful = [
         f"{' '.join(lever.settings)} (saves {formats.data_size(lever.saves_bytes)})"
         for lever in found
         if lever.settings
     ][:SHOWN_LEVERS]
-    advice = "; ".join(helpful) or "a smaller model"
+    fewer = [f"at most {fitting} of the {plan.num_runs} runs in one pass"] if fitting else []
+    advice = "; ".join([*fewer, *helpful]) or "a smaller model"
+    step = f"a step of {plan.num_runs} runs" if plan.num_runs > 1 else "the step"
     return PlanError(
-        f"the step needs {formats.data_size(plan.needed_bytes)} with its error bar and the context "
+        f"{step} needs {formats.data_size(plan.needed_bytes)} with its error bar and the context "
         f"(peak {formats.data_size(plan.peak_bytes)}, {plan.phase}), and {plan.device.name} has "
         f"{formats.data_size(plan.usable_bytes)} to give",
         f'try {advice}; or training.memory_plan="warn" to start all the same.',
     )
+
+
+def _largest_together(
+    configs: Sequence[RunConfig], rows: Sequence[Encoded]
+) -> tuple[int, list[list[Encoded]]]:
+    """(number, rows of each run) of the step with the most padded tokens in one piece, up to the
+    first validation."""
+    layouts = [lay_out(rows, config.training) for config in configs]
+    last = min(min(layout.validation_steps) for layout in layouts)
+    orders = [layout.batches(1) for layout in layouts]  # no validation is after the first epoch
+    steps = [[[rows[i] for i in order[at]] for order in orders] for at in range(last)]
+
+    def tokens(batches: Sequence[Sequence[Encoded]]) -> int:
+        pieces = [
+            [_padded(piece) for piece in pieces_of(batch, config.training)]
+            for config, batch in zip(configs, batches, strict=True)
+        ]
+        return max(sum(turn) for turn in zip_longest(*pieces, fillvalue=0))
+
+    number = max(range(len(steps)), key=lambda at: tokens(steps[at]))
+    return number + 1, steps[number]
 
 
 def _largest(config: RunConfig, rows: Sequence[Encoded]) -> tuple[int, list[Encoded]]:
@@ -141,6 +216,11 @@ def _largest(config: RunConfig, rows: Sequence[Encoded]) -> tuple[int, list[Enco
     layout = lay_out(rows, config.training)
     steps = layout.batches(1)[: min(layout.validation_steps)]
     batches = [[rows[index] for index in batch] for batch in steps]
-    sizes = [len(batch) * max(len(row.input_ids) for row in batch) for batch in batches]
+    sizes = [_padded(batch) for batch in batches]
     number = max(range(len(sizes)), key=sizes.__getitem__)
     return number + 1, batches[number]
+
+
+def _padded(rows: Sequence[Row]) -> int:
+    """Tokens of a batch with what they are padded by."""
+    return len(rows) * max(row.num_tokens for row in rows)

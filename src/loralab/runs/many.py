@@ -4,17 +4,18 @@ Every run gets the folder that it would have alone, so everything that reads run
 and each can be resumed alone.
 """
 
-import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from loralab.config import RunConfig, load_config
+from loralab.config import RunConfig
+from loralab.data import Encoded
 from loralab.errors import ConfigError, Interrupted
-from loralab.events import Listener, Note, Phase, Progress, ignore
-from loralab.runs.folder import MANIFEST, Run, open_run
+from loralab.events import Listener, ignore
+from loralab.runs.folder import MANIFEST, Run, open_run, refuse_existing
+from loralab.runs.forecast import forecast_many
 from loralab.runs.sinks import require_sinks
-from loralab.runs.telling import event_facts
+from loralab.runs.telling import Story
 from loralab.runs.train import HELD_OUT, begin, conclude, start_of
 from loralab.runs.workbench import (
     Workbench,
@@ -23,37 +24,7 @@ from loralab.runs.workbench import (
     settle_dtype,
     without_compiling,
 )
-from loralab.training import (
-    SHARED,
-    Failed,
-    Finished,
-    Started,
-    StepDone,
-    Stopped,
-    fit_many,
-    prepare_many,
-)
-
-MOST_RUNS = 64
-
-
-def grid_of(
-    recipe: str | Path, overrides: Sequence[str], grid: Sequence[str]
-) -> dict[str, RunConfig]:
-    """The settings of every combination of the grid's values, by a name for their folders.
-
-    grid: `section.key=[value, value, ...]` each. Raises `ConfigError`.
-    """
-    axes = [_axis(each) for each in grid]
-    found: dict[str, RunConfig] = {}
-    for chosen in itertools.product(*axes):
-        names = [override.partition(".")[2] for override in chosen]
-        found["-".join(name.replace("=", "-") for name in names)] = load_config(
-            recipe, (*overrides, *chosen)
-        )
-    if len(found) > MOST_RUNS:
-        raise ConfigError(f"the grid has {len(found)} runs", f"give one of at most {MOST_RUNS}.")
-    return found
+from loralab.training import SHARED, Contender, Finished, fit_many, lay_out, prepare_many
 
 
 def train_many(
@@ -79,17 +50,26 @@ def train_many(
     check_alike(configs)
     for config in configs:
         require_sinks(config.training.sinks)
-    bench = workbench or open_workbench(configs[0], listen)
     known = {f: open_run(f) for f in folders if (f / MANIFEST).is_file()}
     check_same(known, dict(zip(folders, configs, strict=True)))
+    for folder in folders:
+        if folder not in known:
+            refuse_existing(folder)
+    bench = workbench or open_workbench(configs[0], listen)
+    if halving:
+        _check_validations(configs, bench.rows["train"])
+    over = [run for run in known.values() if run.finished or run.failed]
+    done = {run.folder for run in over}
     waiting = [
         (config, folder)
         for config, folder in zip(configs, folders, strict=True)
-        if folder not in known or not (known[folder].finished or known[folder].failed)
+        if folder not in done
     ]
     if waiting:
         try:
-            _pass(waiting, bench, listen, splits, halving)
+            ended = [_contender(run, bench.rows["train"]) for run in over] if halving else []
+            asked = _Asked(splits, halving, ended)
+            _pass(waiting, bench, listen, asked)
         except (KeyboardInterrupt, Interrupted):
             raise Interrupted(
                 f"interrupted; every run's state is saved in {folders[0].parent}",
@@ -119,6 +99,28 @@ def check_alike(configs: Sequence[RunConfig]) -> None:
         )
 
 
+def _check_validations(configs: Sequence[RunConfig], rows: Sequence[Encoded]) -> None:
+    """Raise `ConfigError` where halving could stop nothing: no validation before the last step."""
+    layouts = [lay_out(rows, config.training) for config in configs]
+    if all(layout.validation_steps == {layout.total_steps} for layout in layouts):
+        raise ConfigError(
+            "losers can be stopped at a validation only, and the runs have one, at their end",
+            "set training.evaluations_per_epoch to 4 or so.",
+        )
+
+
+def _contender(run: Run, train_rows: Sequence[Encoded]) -> Contender:
+    """A run that is over, as halving sees it."""
+    rows = run.rows_of("metrics.jsonl")
+    last = max((row["step"] for row in rows), default=0)
+    return Contender(
+        name=run.folder.name,
+        total_steps=lay_out(train_rows, run.config.training).total_steps,
+        validations={r["step"]: r["validation_nll"] for r in rows if "validation_nll" in r},
+        ended_at=last + 1 if run.failed else last,
+    )
+
+
 def check_same(known: dict[Path, Run], wanted: dict[Path, RunConfig]) -> None:
     """Raise `ConfigError` where a folder holds a run with other settings."""
     faults = [str(folder) for folder, run in known.items() if run.config != wanted[folder]]
@@ -133,64 +135,49 @@ def _is_shared(section: str, key: str) -> bool:
     return section in ("model", "data") or (section == "training" and key in SHARED)
 
 
-def _axis(text: str) -> list[str]:
-    """`section.key=[a, b]` -> `section.key=a`, `section.key=b`."""
-    key, sign, values = text.partition("=")
-    inner = values.strip()
-    if not sign or not (inner.startswith("[") and inner.endswith("]")) or not inner[1:-1].strip():
-        raise ConfigError(
-            f"--grid {text!r} is not of the form section.key=[value, value]",
-            "write for example --grid 'method.rank=[4,8,16]'.",
-        )
-    return [f"{key.strip()}={value.strip()}" for value in inner[1:-1].split(",")]
+@dataclass(frozen=True)
+class _Asked:
+    """What a pass is to do beside training."""
+
+    splits: Sequence[str]
+    halving: bool
+    ended: Sequence[Contender]
 
 
 def _pass(
-    waiting: Sequence[tuple[RunConfig, Path]],
-    bench: Workbench,
-    listen: Listener,
-    splits: Sequence[str],
-    halving: bool,
+    waiting: Sequence[tuple[RunConfig, Path]], bench: Workbench, listen: Listener, asked: _Asked
 ) -> None:
     """Train the runs that wait, each saved and evaluated as soon as it is over."""
     configs = [config for config, _ in waiting]
+    rows = bench.rows
+    is_new = not any((folder / MANIFEST).is_file() for _, folder in waiting)
+    plan = forecast_many(configs, rows["train"], listen) if is_new else None
     trainables = prepare_many(
         base_model(configs[0]),
         [(config.method, config.training) for config in configs],
         task=configs[0].model.text_task,
-        rows=bench.rows["train"],
+        rows=rows["train"],
         starts=[start_of(folder) for _, folder in waiting],
     )
     runs = [
-        begin(config, folder, bench, trainable, splits)
+        begin(config, folder, bench, trainable, asked.splits, plan.facts() if plan else None)
         for (config, folder), trainable in zip(waiting, trainables, strict=True)
     ]
-    facts: list[dict[str, Any]] = [{} for _ in runs]
-    folders = [run.folder for run in runs]
+    story = Story(runs, listen)
     events = fit_many(
         trainables,
-        [bench.rows["train"]] * len(runs),
-        [bench.rows["validation"]] * len(runs),
-        folders,
-        halving=halving,
+        [rows["train"]] * len(runs),
+        [rows["validation"]] * len(runs),
+        [run.folder for run in runs],
+        halving=asked.halving,
+        ended=asked.ended,
     )
-    done = 0
-    for number, event in events:
-        name = folders[number].name
-        match event:
-            case Failed():
-                runs[number].knowing(state="failed", cause=event.error.cause).record()
-                listen(Note(f"{name} diverged: {event.error.cause}"))
-                continue
-            case Stopped():
-                text = f"{name} stopped after step {event.step}: validation nll {event.nll:.4f}"
-                listen(Note(f"{text} is in the worse half"))
-                continue
-            case Started() if not number:
-                listen(Phase(f"training {len(runs)} runs in one pass", event.total_steps, "steps"))
-            case StepDone() if event.step > done:
-                done = event.step
-                listen(Progress(done, f"loss {event.loss:.4f}"))
-        facts[number] |= event_facts(event)
-        if isinstance(event, Finished):
-            conclude(runs[number], bench, trainables[number], facts[number], listen)
+    try:
+        for number, event in events if plan is None else plan.watching_pass(events, listen):
+            story.take(number, event)
+            if isinstance(event, Finished):
+                facts = story.facts[number] | (plan.facts() if plan else {})
+                conclude(runs[number], bench, trainables[number], facts, listen)
+                story.tell_phase()
+    finally:
+        story.close()

@@ -34,15 +34,16 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A W&B run named like the run directory; resumed under the same id."""
+    """A W&B run; resumed under the same id."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], name: str) -> None:
         wandb = _require("wandb")
         self._run = wandb.init(
             project="loralab",
-            name=folder.name,
-            id=folder.name,
+            name=name,
+            id=name,
             resume="allow",
+            reinit="create_new",  # runs in one pass have one each
             config=dict(settings),
             dir=str(folder),
         )
@@ -55,9 +56,16 @@ class WandbSink:
 
 
 def open_sinks(
-    names: Sequence[str], folder: Path, settings: Mapping[str, Any], *, step: int
+    names: Sequence[str],
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    step: int,
+    name: str | None = None,
 ) -> list[Sink]:
     """The sinks named in `training.sinks`; `step` steps were done before.
+
+    name: what the run is called elsewhere; like its folder, where nothing is said.
 
     Raises `ConfigError` for a sink whose package is not installed.
     """
@@ -67,7 +75,7 @@ def open_sinks(
             case "tensorboard":
                 made.append(TensorBoardSink(folder, step))
             case "wandb":
-                made.append(WandbSink(folder, settings))
+                made.append(WandbSink(folder, settings, name or folder.name))
     return made
 
 

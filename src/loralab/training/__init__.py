@@ -34,7 +34,7 @@ from loralab.training.prefix import PrefixStore
 from loralab.training.schedule import Schedule, build_schedule
 from loralab.training.shared_step import repeatable_pass
 from loralab.training.starting import START_FILE, lora_config
-from loralab.training.step import Outcome, choose_compile, repeatable_step
+from loralab.training.step import Outcome, choose_compile, pieces_of, repeatable_step
 from loralab.training.streams import RunStream, stream_seed
 
 __all__ = [
@@ -79,6 +79,7 @@ __all__ = [
     "lay_out",
     "lora_config",
     "mean_nll",
+    "pieces_of",
     "predict",
     "prepare",
     "prepare_many",

@@ -32,7 +32,14 @@ from loralab.training.prefix import PrefixStore
 from loralab.training.shared_step import SharedStep
 from loralab.training.streams import stream_seed
 
-SHARED = ("device", "threads", "fuse_blocks", "activation_checkpointing", "offload_activations")
+SHARED = (
+    "device",
+    "threads",
+    "fuse_blocks",
+    "activation_checkpointing",
+    "offload_activations",
+    "memory_plan",
+)
 """Settings of `[training]` that runs in one pass must have alike."""
 
 

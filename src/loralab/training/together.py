@@ -147,7 +147,8 @@ class Together:
                 for call, batch in zip(calls, batches, strict=True)
                 if call is not None
             ]
-            y = run_fused(matched, x, pieces)
+            with stood_in_for(layer, lambda *_args, **_kwargs: run_fused(matched, x, pieces)):
+                y = layer(x)  # through the module: whoever watches it sees it run
             if y is not None:
                 return y
         args, kwargs = joined([batch.calls[number] for batch in batches], x, batches)
@@ -174,6 +175,16 @@ class _Note:
         if number == self._last:
             raise _ReachedError
         return hidden_of(args, kwargs)
+
+
+@contextmanager
+def stood_in_for(layer: nn.Module, function: Callable[..., Tensor | None]) -> Iterator[None]:
+    """Inside, `function` runs in the place of the block."""
+    vars(layer)["forward"] = function
+    try:
+        yield
+    finally:
+        del vars(layer)["forward"]
 
 
 @contextmanager
