@@ -254,6 +254,8 @@ def test_the_document_has_what_the_model_can(server: Server) -> None:
 
 def test_metrics_are_per_adapter(server: Server) -> None:
     server.openai.completions.create(model="reviews", prompt="abc", max_tokens=2)
+    refused = server.post("/v1/completions", {"model": "empty", "prompt": "abc"})
+    assert refused.status_code == 422
     text = server.get("/metrics").text
     for line in (
         'loralab_requests_total{adapter="reviews",outcome="answered"}',
