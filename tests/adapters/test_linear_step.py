@@ -56,6 +56,18 @@ def test_gradients_are_right(dropout: float) -> None:
     assert torch.autograd.gradcheck(outputs, (x, *factors))
 
 
+def test_a_model_may_change_the_outputs_in_place() -> None:
+    shared, factors = shared_and_factors()
+    gradients = []
+    for change in (lambda y: y.div_(3), lambda y: y / 3):  # as Longformer does with its queries
+        x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1)).double()
+        outputs = [change(y) for y in low_rank_step(x.requires_grad_(), shared, factors)]
+        loss = sum(y.square().sum() for y in outputs)
+        gradients.append(torch.autograd.grad(loss, [x, *factors]))
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("make", [lambda: nn.Linear(64, 32), lambda: Conv1D(32, 64)])
 def test_only_the_input_is_kept(make) -> None:
     model = nn.Sequential(make())

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from loralab.serving.http import Service, create_app, listen, make_server
 from loralab.serving.opening import ServeSettings, open_service
 
+PATIENCE = 600  # seconds: a busy machine is no fault of the server
+
 
 @dataclass
 class Server:
@@ -30,11 +32,11 @@ class Server:
 
     def post(self, path: str, body: Any = None, **more: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.key}", **more.pop("headers", {})}
-        return httpx.post(self.url + path, json=body, headers=headers, timeout=60, **more)
+        return httpx.post(self.url + path, json=body, headers=headers, timeout=PATIENCE, **more)
 
     def get(self, path: str) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.key}"}
-        return httpx.get(self.url + path, headers=headers, timeout=60)
+        return httpx.get(self.url + path, headers=headers, timeout=PATIENCE)
 
 
 @contextmanager

@@ -30,7 +30,8 @@ from loralab.serving.store import (
 )
 from loralab.serving.store.reading import Reader
 from loralab.serving.store.registry import FILES, Stamp
-from loralab.serving.store.scheduling import Slot, plan
+from loralab.serving.store.scheduling import plan
+from loralab.serving.store.slots import Slot
 from loralab.serving.store.working_set import WorkingSet, hit_rates
 
 SECONDS = 30.0

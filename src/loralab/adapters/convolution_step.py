@@ -20,6 +20,7 @@ from loralab.adapters.items import Pair
 from loralab.adapters.layers import CONVOLUTION
 from loralab.adapters.noise import Places, draw_places, mask_at
 from loralab.adapters.routes import Mix
+from loralab.native import convolutions as native
 
 _FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
@@ -123,6 +124,13 @@ class ConvolutionStep(torch.autograd.Function):
         x, places, A, B = ctx.saved_tensors
         own, geometry = ctx.own, ctx.own.geometry
         wants_input = ctx.needs_input_grad[0]
+        if geometry.groups == 1 and _merges(own, x) and native.covers(x, A, B):
+            grads = _pair_gradients(x, g, own, A, B)
+            if not wants_input:
+                return None, None, None, *grads
+            kernel = native.merged(own.weight, A, B, own.scale)
+            grad_x, _ = _backward(g, x, kernel, geometry, wants_kernel=False)
+            return grad_x, None, None, *grads
         mask = _mask(x, places, own)
         dropped = x if mask is None else mask * x
         shrinking, expanding = _shrinking(own, A, x.dtype), _expanding(own, B, x.dtype)
@@ -144,6 +152,28 @@ class ConvolutionStep(torch.autograd.Function):
         return grad_x, None, None, *grads
 
 
+def _pair_gradients(
+    x: Tensor,
+    g: Tensor,
+    own: Convolution,
+    A: Float[Tensor, "rank columns"],
+    B: Float[Tensor, "out rank"],
+) -> tuple[Tensor, Tensor]:
+    """Those of A and B by the kernel."""
+    stride, padding, dilation, _ = own.geometry
+    return native.pair_gradients(
+        x,
+        g,
+        A,
+        B,
+        scale=own.scale,
+        kernel=own.weight.shape[2:],
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+    )
+
+
 def _mask(x: Tensor, places: Places | None, own: Convolution) -> Tensor | None:
     if places is None:
         return None
@@ -162,6 +192,8 @@ def _merged(
     own: Convolution, A: Float[Tensor, "rank columns"], B: Float[Tensor, "out rank"]
 ) -> Float[Tensor, "out channels *kernel"]:
     """`W + s B A`."""
+    if native.covers(own.weight, A, B):
+        return native.merged(own.weight, A, B, own.scale)
     flat = own.weight.flatten(1)
     delta = A.to(flat.dtype), B.to(flat.dtype)
     return torch.addmm(flat, delta[1], delta[0], alpha=own.scale).view_as(own.weight)

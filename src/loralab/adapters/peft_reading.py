@@ -43,6 +43,7 @@ def assemble(
     """The adapter that the tensors are under these settings; None where there are faults."""
     before = len(faults)
     parts = _sort(tensors, faults)
+    config = _with_named_rows(config, raw, parts.rows)
     for name in _table(metadata, REPEATED, faults):
         if name in parts.extra:
             parts.repeated[name] = parts.extra.pop(name)
@@ -258,6 +259,16 @@ def _check_classifier(told: Mapping[str, Any], faults: list[str]) -> None:
     names = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
     if not names or not isinstance(pooling, str):
         faults.append(f"{CLASSIFIER} in the metadata is not readable")
+
+
+def _with_named_rows(
+    config: LoRAConfig, raw: Mapping[str, Any], rows: Mapping[str, Tensor]
+) -> LoRAConfig:
+    """A plain list of rows means the input embedding, whose name the tensors alone tell."""
+    if isinstance(raw.get("trainable_token_indices"), dict) or len(config.token_rows) != len(rows):
+        return config
+    listed = tuple(config.token_rows.values())
+    return replace(config, token_rows=dict(zip(rows, listed, strict=True)))
 
 
 def _row_numbers(config: LoRAConfig, module: str) -> Tensor:

@@ -229,7 +229,7 @@ class LowRankStep(torch.autograd.Function):
         ctx.shared = shared
         ctx.save_for_backward(x, places, *factors)
         outputs = project(_rows(x), shared, factors, places)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        return tuple(_unrolled(y, x.shape) for y in outputs)
 
     @staticmethod
     @once_differentiable
@@ -250,3 +250,8 @@ class LowRankStep(torch.autograd.Function):
 
 def _rows(x: Tensor) -> Float[Tensor, "rows in"]:
     return x.reshape(-1, x.shape[-1])
+
+
+def _unrolled(y: Float[Tensor, "rows out"], shape: torch.Size) -> Float[Tensor, "*rows out"]:
+    """`y` in the rows of `shape`. Not a view to autograd: models change such outputs in place."""
+    return torch.ops.aten._unsafe_view(y, [*shape[:-1], y.shape[-1]])

@@ -40,6 +40,11 @@ class Denoiser:
     scheduler: "DDPMScheduler"
 
     @property
+    def device(self) -> torch.device:
+        """Where the UNet is. Its own property walks through all modules, at every call."""
+        return next(self.unet.parameters()).device
+
+    @property
     def fold(self) -> int:
         """The side of a patch, in pixels, that is one place of the UNet."""
         return math.isqrt(self.unet.config["in_channels"])

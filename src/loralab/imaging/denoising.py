@@ -121,7 +121,7 @@ class Denoising:
 
     def losses(self, noised: Noised) -> Float[Tensor, "rows"]:
         """Each row's loss, along the route that is open."""
-        device = self.denoiser.unet.device
+        device = self.denoiser.device
         images, noise = noised.images.to(device), noised.noise.to(device)
         timesteps, labels = noised.timesteps.to(device), noised.labels.to(device)
         scheduler: Any = self.denoiser.scheduler  # whose hints ask for 32-bit timesteps
@@ -141,7 +141,7 @@ class Denoising:
 
     def precision(self) -> torch.autocast:
         """What forwards of training run under."""
-        kind = self.denoiser.unet.device.type
+        kind = self.denoiser.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16)
 
 

@@ -42,7 +42,7 @@ def sample_images(
     if len(set(counts.values())) > 1:
         said = ", ".join(f"{count} {name}" for name, count in counts.items())
         raise RouteError(f"images need as many of each: {said}", "give one of each an image.")
-    device = denoiser.unet.device
+    device = denoiser.device
     asked = torch.tensor(labels, device=device)
     images = _noise(denoiser, seeds).to(device)
     scheduler = _ddim(denoiser, num_steps)
@@ -65,7 +65,7 @@ def _ddim(denoiser: Denoiser, num_steps: int) -> Any:
 
     config = denoiser.scheduler.config
     scheduler: Any = DDIMScheduler.from_config(config, timestep_spacing="trailing")
-    scheduler.set_timesteps(num_steps, device=denoiser.unet.device)
+    scheduler.set_timesteps(num_steps, device=denoiser.device)
     return scheduler
 
 

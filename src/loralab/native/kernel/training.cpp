@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "convolution.h"
 #include "elementwise.h"
 #include "low_rank.h"
 
@@ -38,3 +39,9 @@ using namespace loralab;
 
 FOR_DTYPE(float, fp32)
 FOR_DTYPE(bf16, bf16)
+
+extern "C" void pair_gradients_fp32(const Convolution* convolution) { pair_gradients(*convolution); }
+extern "C" void merge_pair_fp32(int64_t out, int64_t lines, int64_t rank, float scale, int64_t num_threads,
+                                const float* W, const float* A, const float* B, float* merged) {
+  merge_pair(out, lines, rank, scale, num_threads, W, A, B, merged);
+}

@@ -91,48 +91,60 @@ struct Right {
   int64_t row;
 };
 
-// One tile: M rows and COLUMNS columns of `to` become (or gain, if `add`) left times right.
-template <int M>
+// One tile: M rows and N vectors of columns of `to` become (or gain, if `add`) left times right.
+template <int M, int N>
 inline void tile(int64_t depth, Left left, Right right, float* to, int64_t to_row, bool add) {
-  Vector sums[M][PARTS] = {};
+  Vector sums[M][N];
+#pragma GCC unroll 16  // all loops but the long one are unrolled, so that sums stay in registers
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) sums[i][v] = Vector{};
   for (int64_t p = 0; p < depth; ++p) {
-    Vector line[PARTS];
-    for (int v = 0; v < PARTS; ++v) line[v] = load(right.at + p * right.row + v * WIDTH);
+    Vector line[N];
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) line[v] = load(right.at + p * right.row + v * WIDTH);
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       Vector factor = all(left.at[i * left.row + p * left.step]);
-      for (int v = 0; v < PARTS; ++v) sums[i][v] += factor * line[v];
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) sums[i][v] += factor * line[v];
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
-    for (int v = 0; v < PARTS; ++v) {
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) {
       float* place = to + i * to_row + v * WIDTH;
       store(place, add ? load(place) + sums[i][v] : sums[i][v]);
     }
 }
 
-template <int M>
+template <int M, int N>
 inline void last_tile(int rows, int64_t depth, Left left, Right right, float* to, int64_t to_row,
                       bool add) {
   if constexpr (M > 0) {
     if (rows == M)
-      tile<M>(depth, left, right, to, to_row, add);
+      tile<M, N>(depth, left, right, to, to_row, add);
     else
-      last_tile<M - 1>(rows, depth, left, right, to, to_row, add);
+      last_tile<M - 1, N>(rows, depth, left, right, to, to_row, add);
   }
 }
 
-// `to` (rows, columns) becomes (or gains, if `add`) left (rows, depth) times right (depth, columns).
+// `to` (rows, columns) becomes (or gains, if `add`) left (rows, depth) times right (depth, columns), in
+// tiles of N vectors of columns, by which `columns` can be divided.
+template <int N = PARTS>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, Left left, Right right, float* to,
                      int64_t to_row, bool add) {
-  for (int64_t j = 0; j < columns; j += COLUMNS) {
+  constexpr int tall = N == PARTS ? TALL : 8;
+  for (int64_t j = 0; j < columns; j += N * WIDTH) {
     Right lines{right.at + j, right.row};
-    for (int64_t i = 0; i < rows; i += TALL) {
+    for (int64_t i = 0; i < rows; i += tall) {
       Left part{left.at + i * left.row, left.row, left.step};
       float* place = to + i * to_row + j;
-      if (rows - i >= TALL)
-        tile<TALL>(depth, part, lines, place, to_row, add);
+      if (rows - i >= tall)
+        tile<tall, N>(depth, part, lines, place, to_row, add);
       else
-        last_tile<TALL - 1>(int(rows - i), depth, part, lines, place, to_row, add);
+        last_tile<tall - 1, N>(int(rows - i), depth, part, lines, place, to_row, add);
     }
   }
 }

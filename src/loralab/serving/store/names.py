@@ -154,6 +154,25 @@ class Names:
         self._withdrawn.add(name)
         del self._entries[name]
 
+    def pin(self, name: str, num_slots: int) -> None:
+        """Keeps the adapter in its slot. Raises `ConflictError` where that leaves none free."""
+        entry = self.open(name)
+        if self._num_pinned(but=(name,)) + 1 >= num_slots:
+            raise ConflictError(
+                f"{num_slots} slots: one must stay free of pinned adapters",
+                "pin fewer, or start the server with more --slots.",
+            )
+        entry.pinned = True
+
+    def check_room(self, names: Sequence[str], num_slots: int) -> None:
+        """Raises `RequestError` where these never fit the slots at one time."""
+        left = num_slots - self._num_pinned(but=names)
+        if len(names) > left:
+            raise RequestError(
+                f"the mix uses {len(names)} adapters, this server has {left} slots for them",
+                "mix fewer, or start the server with more --slots.",
+            )
+
     def needs(self, names: Sequence[str]) -> tuple[Version, ...] | Exception | None:
         """The versions these names stand for; why they stand for none; None while one is read."""
         versions: list[Version] = []
@@ -174,3 +193,6 @@ class Names:
     def pinned_versions(self) -> frozenset[Version]:
         """What must stay in its slot."""
         return frozenset(e.wanted for e in self._entries.values() if e.pinned and e.wanted)
+
+    def _num_pinned(self, but: Sequence[str]) -> int:
+        return sum(e.pinned for e in self._entries.values() if e.name not in but)

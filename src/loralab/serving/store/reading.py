@@ -81,13 +81,18 @@ class Reader:
                 found = error
             if self.registry.stamp(name) == stamp:
                 if isinstance(found, AdapterError):
-                    raise found
+                    raise self._named(found, name)
                 return found
             time.sleep(SETTLING_SECONDS)
         raise AdapterError(
             f"adapter {name!r} changed while it was read, {ATTEMPTS} times in a row",
             "write it to a folder aside and rename that folder.",
         )
+
+    def _named(self, fault: AdapterError, name: str) -> AdapterError:
+        """The fault as it may be told to clients: where the server's files lie is not theirs."""
+        folder = str(self.registry.folder(name))
+        return type(fault)(fault.cause.replace(folder, f"adapter {name!r}"), fault.next_step)
 
     def _read(self, name: str, stamp: Stamp) -> Stored:
         folder = self.registry.folder(name)

@@ -6,28 +6,11 @@ one adapter does not keep the others out.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
+from loralab.serving.store.slots import Slot
 from loralab.serving.store.versions import Version
 
 Needs = tuple[Version, ...]
-
-
-@dataclass(eq=False)
-class Slot:
-    """One place in the model, while it is taken.
-
-    state: "loading" and "leaving" while the model is being changed.
-    turn: counts up with every load; the lowest has been longest in its slot.
-    num_served: leases given since it was loaded.
-    """
-
-    version: Version
-    turn: int
-    state: Literal["loading", "ready", "leaving"] = "loading"
-    num_leases: int = 0
-    num_served: int = 0
-    last_use: int = 0
 
 
 @dataclass

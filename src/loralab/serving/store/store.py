@@ -13,21 +13,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from loralab.adapters import Adapter
-from loralab.errors import (
-    AdapterError,
-    CapacityError,
-    ConflictError,
-    LoralabError,
-    RequestError,
-)
+from loralab.errors import AdapterError, CapacityError, LoralabError
 from loralab.serving.store.leases import Lease, Waiter, fail, hand_over
 from loralab.serving.store.memory import Memory
 from loralab.serving.store.names import Entry, Names
 from loralab.serving.store.place import Place
 from loralab.serving.store.reading import Limits, Reader
 from loralab.serving.store.registry import Registry, Stamp
-from loralab.serving.store.scheduling import Slot, plan
-from loralab.serving.store.versions import AdapterState, Proof, StoreEvent, Tier, Version
+from loralab.serving.store.scheduling import plan
+from loralab.serving.store.slots import SlotTable
+from loralab.serving.store.versions import AdapterState, StoreEvent, Tier, Version
 from loralab.serving.store.working_set import WorkingSet
 
 logger = logging.getLogger("loralab")
@@ -55,7 +50,7 @@ class AdapterStore:
         on_event: Callable[[StoreEvent], None] = lambda event: None,
     ) -> None:
         self.registry, self.place = registry, place
-        self.num_slots, self.max_leases = num_slots, max_leases
+        self.max_leases = max_leases
         self._reader = Reader(registry, limits or Limits(), place.misfits)
         self.working_set = WorkingSet()
         self._on_event = on_event
@@ -63,12 +58,14 @@ class AdapterStore:
         self._changed = threading.Condition(self._lock)
         self._names = Names(registry, reserved)
         self._memory = Memory(memory_bytes)
-        self._slots: dict[Version, Slot] = {}
-        self._proofs: dict[Version, Proof] = {}
+        self._slots = SlotTable(num_slots)
         self._waiting: deque[Waiter] = deque()
-        self._clock = 0
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="adapters")
         self._closed = False
+
+    @property
+    def num_slots(self) -> int:
+        return self._slots.size
 
     # requests ---------------------------------------------------------------------------------
 
@@ -86,7 +83,7 @@ class AdapterStore:
                 raise _closing()
             for name in names:
                 self._look(self._names.open(name))
-            self._check_room(names)
+            self._names.check_room(names, self.num_slots)
             self.working_set.note(names)
             self._waiting.append(waiter)
             done = self._schedule()
@@ -134,7 +131,7 @@ class AdapterStore:
         """
         with self._lock:
             self._names.withdraw(name)
-            num_leases = self._num_leases(name)
+            num_leases = self._slots.num_leases(name)
             done = self._schedule()
         hand_over(done)
         return num_leases
@@ -145,14 +142,7 @@ class AdapterStore:
         Raises `ConflictError` where no slot would be left for the others.
         """
         with self._lock:
-            entry = self._names.open(name)
-            pinned = sum(e.pinned for e in self._names.entries() if e is not entry)
-            if pinned + 1 >= self.num_slots:
-                raise ConflictError(
-                    f"{self.num_slots} slots: one must stay free of pinned adapters",
-                    "pin fewer, or start the server with more --slots.",
-                )
-            entry.pinned = True
+            self._names.pin(name, self.num_slots)
         return self.lease([name])
 
     def unpin(self, name: str) -> None:
@@ -211,17 +201,16 @@ class AdapterStore:
                 read.append((waiter, needs))
         made = plan(
             [needs for _, needs in read],
-            self._slots,
+            self._slots.taken,
             num_slots=self.num_slots,
             max_leases=self.max_leases,
             pinned=self._names.pinned_versions(),
         )
         for version in made.load:
-            self._clock += 1
-            self._slots[version] = Slot(version, turn=self._clock)
+            self._slots.take(version)
             self._threads.submit(self._load, version)
         for version in made.empty:
-            self._empty(self._slots[version])
+            self._empty(version)
         for version in made.prefetch[: self.num_slots]:
             self._prefetch(version)
         done += [(read[number][0], self._lease(read[number][1])) for number in made.grants]
@@ -231,30 +220,22 @@ class AdapterStore:
         return done
 
     def _lease(self, versions: tuple[Version, ...]) -> Lease:
-        self._clock += 1
-        for version in versions:
-            slot = self._slots[version]
-            slot.num_leases += 1
-            slot.num_served += 1
-            slot.last_use = self._clock
+        self._slots.lease(versions)
         return Lease(versions, self._return)
 
     def _return(self, lease: Lease) -> None:
         with self._lock:
-            for version in lease.versions:
-                self._slots[version].num_leases -= 1
+            self._slots.give_back(lease.versions)
             done = self._schedule()
         hand_over(done)
 
     def _let_go_of_old_versions(self) -> None:
         """Empties slots of versions that no new request gets, and forgets all about them."""
         wanted = self._names.wanted_versions()
-        for version, slot in list(self._slots.items()):
-            if version not in wanted and slot.state == "ready" and slot.num_leases == 0:
-                self._empty(slot)
+        for version in self._slots.unwanted(wanted):
+            self._empty(version)
         self._memory.keep_only(wanted)
-        for version in self._proofs.keys() - wanted:
-            del self._proofs[version]
+        self._slots.forget_proofs(wanted)
 
     def _look(self, entry: Entry) -> None:
         """Notices what happened to the folder: gone, or with other files than before.
@@ -277,9 +258,9 @@ class AdapterStore:
         entry.reading = True
         self._threads.submit(self._read, entry, entry.seen)
 
-    def _empty(self, slot: Slot) -> None:
-        slot.state = "leaving"
-        self._threads.submit(self._detach, slot.version)
+    def _empty(self, version: Version) -> None:
+        self._slots.empty(version)
+        self._threads.submit(self._detach, version)
 
     # in the store's threads -------------------------------------------------------------------
 
@@ -324,12 +305,11 @@ class AdapterStore:
             if entry is not None and version != entry.wanted:
                 entry = None  # something newer has come meanwhile
             if proof is not None:
-                self._slots[version].state = "ready"
-                self._proofs[version] = proof
+                self._slots.fill(version, proof)
                 if entry is not None:
                     entry.is_in_service(version)
             else:
-                del self._slots[version]
+                self._slots.free(version)
                 self._memory.drop(version)
                 if entry is not None and fault is not None:
                     self._refuse(entry, fault)
@@ -363,7 +343,7 @@ class AdapterStore:
         except LoralabError:
             logger.exception("adapter %s could not be taken out", version.fingerprint)
         with self._lock:
-            del self._slots[version]
+            self._slots.free(version)
             done = self._schedule()
         self._on_event(StoreEvent("evicted", version.name))
         hand_over(done)
@@ -382,15 +362,6 @@ class AdapterStore:
         entry = self._names.find(version.name)
         return entry is not None and version == entry.version and entry.refused is not None
 
-    def _check_room(self, names: Sequence[str]) -> None:
-        others = sum(e.pinned for e in self._names.entries() if e.name not in names)
-        if len(names) > self.num_slots - others:
-            raise RequestError(
-                f"the mix uses {len(names)} adapters, this server has {self.num_slots - others} "
-                "slots for them",
-                "mix fewer, or start the server with more --slots.",
-            )
-
     def _state(self, entry: Entry) -> AdapterState:
         version = entry.version
         tier: Tier = "disk"
@@ -404,18 +375,14 @@ class AdapterStore:
             version=version,
             tier=tier,
             pinned=entry.pinned,
-            num_leases=self._num_leases(entry.name),
-            proof=None if version is None else self._proofs.get(version),
+            num_leases=self._slots.num_leases(entry.name),
+            proof=None if version is None else self._slots.proof(version),
             refused=None if entry.refused is None else _cause(entry.refused),
         )
 
-    def _num_leases(self, name: str) -> int:
-        return sum(slot.num_leases for v, slot in self._slots.items() if v.name == name)
-
     def _is_idle(self) -> bool:
-        moving = any(slot.state != "ready" for slot in self._slots.values())
         reading = any(entry.reading for entry in self._names.entries())
-        return not self._waiting and not moving and not reading
+        return not self._waiting and self._slots.are_steady() and not reading
 
 
 def _cause(fault: Exception) -> str:
