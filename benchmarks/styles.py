@@ -4,13 +4,14 @@
 figures, seconds, where the grid lies, and what a training step costs: full fine-tuning's, ours and
 PEFT's in turns, at the recipe's settings.
 
-Meaning of the step's figures:
-rho: numbers of the adapter over those of the base.
+Meaning of the figures of a step (the UNet's, and its convolutions' alone, each on its own input):
+rho: multiplications of the pairs over those of the layers that have one, in a forward pass.
 floor: (2 + 3 rho) / 3, LoRA's share of full fine-tuning's matrix work.
-ours_over_full, peft_over_full: medians of whole steps. over_floor: ours_over_full / floor.
+ours_over_full, peft_over_full: of medians. over_floor: ours_over_full / floor.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -21,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from loralab import adapters
 from loralab.config import MethodSection, RunConfig, load_config
 from loralab.console import Console
 from loralab.imaging import (
@@ -47,6 +50,7 @@ def main() -> None:
         os.environ["LORALAB_CACHE"] = str(folder / "cache")
     found: dict[str, Any] = {} if arguments.step_only else verbs(folder, arguments)
     found["step"] = step(arguments.threads, arguments.repeats)
+    found["convolutions"] = convolutions(arguments.repeats)
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
@@ -104,18 +108,86 @@ def step(threads: int, repeats: int) -> dict[str, Any]:
         "ours": repeatable_step(ours, rows),
         "peft": _peft_step(config, rows),
     }
-    seconds = _in_turns(steps, repeats)
-    rho = ours.num_trainable / ours.num_base
-    floor = (2 + 3 * rho) / 3
+    return _compared(_in_turns(steps, repeats), _calls(config)) | {"rows": len(rows)}
+
+
+Call = tuple[nn.Module, Tensor, Tensor]  # a layer with its input and its output
+
+
+def _calls(config: RunConfig) -> dict[str, Call]:
+    """The layers that get a pair, at a batch of the recipe."""
+    unet, calls = BaseRecipe().build().unet.train(), {}
+    for name, module in unet.named_modules():
+        if any(name == target or name.endswith(f".{target}") for target in config.method.targets):
+            module.register_forward_hook(
+                lambda module, inputs, y, name=name: calls.__setitem__(
+                    name, (module, inputs[0].detach(), y.detach())
+                )
+            )
+    rows = config.training.batch_size
+    unet(torch.randn(rows, 16, 8, 8), torch.arange(rows), class_labels=torch.arange(rows) % 10)
+    return calls
+
+
+def _compared(seconds: dict[str, float], calls: dict[str, Call]) -> dict[str, Any]:
+    work = pairs = 0
+    for module, _, y in calls.values():
+        weight: Any = module.weight
+        places, rank = y.numel() // len(weight), load_config("digits-styles").method.rank
+        work += places * weight.numel()
+        pairs += places * rank * (weight[0].numel() + len(weight))
+    floor = (2 + 3 * pairs / work) / 3
     return {
         "milliseconds": {name: 1000 * value for name, value in seconds.items()},
-        "rho": rho,
+        "rho": pairs / work,
         "floor": floor,
         "ours_over_full": seconds["ours"] / seconds["full"],
         "peft_over_full": seconds["peft"] / seconds["full"],
         "over_floor": seconds["ours"] / seconds["full"] / floor,
-        "rows": len(rows),
     }
+
+
+def convolutions(repeats: int) -> dict[str, Any]:
+    """Forward and backward of the UNet's convolutions alone, the three kinds in turns."""
+    import peft
+
+    config = load_config("digits-styles")
+    rank, alpha = config.method.rank, config.method.alpha
+    calls = {
+        name.replace(".", "_"): call
+        for name, call in _calls(config).items()
+        if isinstance(call[0], nn.Conv2d)
+    }
+    inputs = {  # the first layer's input needs no gradient
+        name: (x.clone().requires_grad_(name != "conv_in"), torch.randn_like(y))
+        for name, (_, x, y) in calls.items()
+    }
+
+    def layers() -> nn.ModuleDict:
+        modules = {name: copy.deepcopy(module) for name, (module, _, _) in calls.items()}
+        return nn.ModuleDict(modules).train()
+
+    def walk(model: nn.Module) -> None:
+        for name, (x, g) in inputs.items():
+            layer = model.get_submodule(name)
+            wanted = [each for each in (x, *layer.parameters()) if each.requires_grad]
+            torch.autograd.grad(layer(x), wanted, g)
+
+    full, ours = layers(), layers()
+    adapters.attach(ours, adapters.LoRAConfig(rank=rank, alpha=alpha, targets=list(calls)), "a")
+    settings = peft.LoraConfig(r=rank, lora_alpha=round(alpha), target_modules=list(calls))
+    theirs: Any = peft.get_peft_model(layers(), settings)  # pyright: ignore[reportArgumentType]
+
+    def walk_ours() -> None:
+        with adapters.use(ours, "a"):
+            walk(ours)
+
+    kinds: dict[str, Callable[[], Any]] = {
+        "full": lambda: walk(full),
+        "ours": walk_ours,
+        "peft": lambda: walk(theirs.base_model.model),
+    }
+    return _compared(_in_turns(kinds, repeats), calls)
 
 
 def _trainable(config: RunConfig, method: MethodSection) -> Trainable:

@@ -36,8 +36,8 @@ def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     with use(model, "a"):
         y = model(x)
     torch.manual_seed(5)
-    return [y, *torch.autograd.grad(y, [x, *adapter_parameters(model, "a").values()],
-                                    torch.randn_like(y))]  # fmt: skip
+    g = torch.randn(y.shape).to(y.dtype)
+    return [y, *torch.autograd.grad(y, [x, *adapter_parameters(model, "a").values()], g)]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -50,6 +50,19 @@ def test_it_is_the_plain_formula(name: str, dropout: float, monkeypatch) -> None
     plain = gradients(model, x)
     for own, wanted in zip(ours, plain, strict=True):
         torch.testing.assert_close(own, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_it_is_the_plain_formula_in_single_precision(name: str, monkeypatch) -> None:
+    """There a kernel computes the gradients of the factors (room native)."""
+    model, x = adapted(name, dtype=torch.float32)
+    model.train()
+    ours = gradients(model, x)
+    model.double()
+    monkeypatch.setattr(following, "convolution_of", lambda module, mix: None)
+    plain = gradients(model, x.double())
+    for own, wanted in zip(ours, plain, strict=True):
+        torch.testing.assert_close(own.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

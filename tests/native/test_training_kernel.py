@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from loralab.native import load_kernel, training as native
+from loralab.native import convolutions, load_kernel, training as native
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # relative, of 2-norms
@@ -26,7 +26,8 @@ def build_of_kernel(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "wide vectors":
         flags = (*native.KERNEL.flags, "-DLORALAB_WIDE")
         wide = native.Kernel("training", Path(native.__file__).with_name("kernel"), flags)
-        monkeypatch.setattr(native, "KERNEL", wide)
+        for module in (native, convolutions):
+            monkeypatch.setattr(module, "KERNEL", wide)
 
 
 @pytest.fixture(params=[1, 3], autouse=True)
@@ -167,6 +168,44 @@ def _heads(rows: Tensor, batch: int, size: int) -> Tensor:
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = heads.chunk(2, dim=-1)
     return heads * cos[:, None] + torch.cat([-high, low], dim=-1) * sin[:, None]
+
+
+CONVOLUTIONS = {  # batch, channels, input, out, kernel, stride, padding, dilation, rank
+    "small images, several at once": (5, 6, (4, 4), 7, (3, 3), (1, 1), (1, 1), (1, 1), 8),
+    "a walk of steps and gaps": (3, 5, (9, 7), 6, (3, 2), (2, 1), (1, 0), (1, 2), 3),
+    "bands, the last one smaller": (2, 70, (70, 33), 9, (3, 3), (1, 1), (1, 1), (1, 1), 20),
+    "wider than a band": (1, 3, (4, 150), 5, (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "one dimension": (2, 4, (50,), 6, (5,), (3,), (2,), (2,), 9),
+    "1 x 1, not all is read": (2, 4, (5, 5), 6, (1, 1), (2, 2), (0, 0), (1, 1), 1),
+    "more padding than image": (2, 3, (2, 2), 4, (5, 5), (1, 1), (9, 9), (1, 1), 4),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_pairs_of_convolutions(name: str) -> None:
+    torch.manual_seed(0)
+    batch, channels, size, out, kernel, stride, padding, dilation, rank = CONVOLUTIONS[name]
+    x, weight = torch.randn(batch, channels, *size), torch.randn(out, channels, *kernel)
+    A, B = torch.randn(rank, weight[0].numel()), torch.randn(out, rank)
+    x_, weight_, A_, B_ = doubles(x, weight, A, B)
+    convolve: Any = F.conv2d if len(size) == 2 else F.conv1d
+    merged = weight_ + (0.5 * B_ @ A_).view_as(weight_)
+    y = convolve(x_, merged, None, stride, padding, dilation)
+    g = torch.randn(y.shape)
+    wanted = torch.autograd.grad(y, [A_, B_], g.double())
+
+    assert convolutions.covers(x, A, B)
+    assert_near(convolutions.merged(weight, A, B, 0.5), merged)
+    walk = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    got = convolutions.pair_gradients(x, g, A, B, scale=0.5, **walk)
+    for own, right in zip(got, wanted, strict=True):
+        assert_near(own, right)
+
+
+def test_convolutions_that_it_does_not_cover() -> None:
+    x, A, B = torch.randn(2, 3, 4, 4), torch.randn(2, 27), torch.randn(5, 2)
+    for others in ((x.double(), A, B), (x[None], A, B), (x, A.double(), B), (x, A, B.bfloat16())):
+        assert not convolutions.covers(*others)
 
 
 def test_what_is_no_number_stays_none() -> None:

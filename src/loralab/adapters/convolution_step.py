@@ -4,7 +4,8 @@
 position). The mask, the masked input and `A * x` are made again in the backward pass. Where nothing
 is dropped, and the output has more positions than channels, the pair goes into the kernel instead,
 `y = (W + s B A) * x + b`: one walk over the input less in either direction. Not in half precision,
-which would round the pair away. The plain formula is `layers.low_rank`.
+which would round the pair away. What is left, the gradients of A and B, is one call of the room
+native where it has a kernel. The plain formula is `layers.low_rank`.
 """
 
 import math
@@ -161,17 +162,9 @@ def _pair_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Those of A and B by the kernel."""
     stride, padding, dilation, _ = own.geometry
-    return native.pair_gradients(
-        x,
-        g,
-        A,
-        B,
-        scale=own.scale,
-        kernel=own.weight.shape[2:],
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-    )
+    kernel = own.weight.shape[2:]
+    walk = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    return native.pair_gradients(x, g, A, B, scale=own.scale, **walk)
 
 
 def _mask(x: Tensor, places: Places | None, own: Convolution) -> Tensor | None:
@@ -233,7 +226,7 @@ def _backward(
     stride, padding, dilation, groups = geometry
     none = (0,) * len(stride)
     wanted = (wants_input, wants_kernel, False)
-    grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward(
+    grad_x, grad_kernel, _ = torch.ops.aten.convolution_backward.default(
         g, x, kernel, None, stride, padding, dilation, False, none, groups, wanted
     )
     return grad_x, grad_kernel
