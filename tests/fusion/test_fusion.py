@@ -10,6 +10,8 @@ from transformers import (
     BertForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -31,7 +33,7 @@ from loralab.adapters.step import Part
 from loralab.fusion import fused, matching_blocks
 from loralab.fusion.block import Block, BlockStep
 from loralab.fusion.gates import gate_of
-from loralab.fusion.norms import RMSNorm
+from loralab.fusion.norms import HeadNorm, Norm, Norms, OtherNorm, RMSNorm
 from loralab.fusion.pieces import Angles, Piece
 from loralab.models import enable_activation_checkpointing
 
@@ -63,6 +65,9 @@ def build(name: str) -> Any:
             model = OlmoForCausalLM(OlmoConfig(**SIZES))
         case "gemma2":
             model = Gemma2ForCausalLM(Gemma2Config(**SIZES))
+        case "gemma3":
+            config = Gemma3TextConfig(**SIZES, query_pre_attn_scalar=8, sliding_window=5)
+            model = Gemma3ForCausalLM(config)
         case "qwen3":
             model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
         case "gpt2":
@@ -119,7 +124,7 @@ def gradients(model: Any, width: int, fusible: Any = (), expected: int = 0) -> d
 
 
 @pytest.mark.parametrize("width", [9, 140], ids=["short", "long"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma", "olmo"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "olmo"])
 def test_fused_blocks_give_the_plain_outputs_and_gradients(name: str, width: int) -> None:
     model = adapted(name)
     fusible = matching_blocks(model)
@@ -129,7 +134,24 @@ def test_fused_blocks_give_the_plain_outputs_and_gradients(name: str, width: int
         torch.testing.assert_close(got[key], wanted, rtol=1e-8, atol=1e-10, msg=key)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen3", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_fused_blocks_in_fp32_are_as_exact_as_the_plain_ones(name: str) -> None:
+    model = adapted(name)
+    wanted = gradients(model, 9)
+    model.float()
+    errors = []
+    for fusible, expected in (((), 0), (matching_blocks(model), 3)):
+        got = gradients(model, 9, fusible, expected)
+        errors.append(max(relative_error(got[key], wanted[key]) for key in wanted))
+    plain, fused_error = errors
+    assert fused_error < max(1e-4, 3 * plain)
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "bert"])
 def test_blocks_of_another_formula_are_left_alone(name: str) -> None:
     assert matching_blocks(adapted(name)) == []
 
@@ -174,7 +196,16 @@ def test_hooks_on_the_parts_are_heard() -> None:
     assert heard == [1]
 
 
-def random_block(dropout: float) -> tuple[Block, list[torch.Tensor]]:
+NO_NORMS: dict[str, Norm] = {}
+MORE_NORMS: dict[str, Norm] = {
+    "queries": HeadNorm(RMSNorm(torch.tensor([0.5, 1.5, 1, 2]).double(), 1e-5), 4),
+    "keys": RMSNorm(torch.tensor([1.5, 0.5, 2, 1]).double(), 1e-5),
+    "attended": OtherNorm(nn.LayerNorm(8).double().requires_grad_(False)),
+    "mapped": RMSNorm(torch.linspace(0.5, 1.5, 8).double(), 1e-5),
+}
+
+
+def random_block(dropout: float, norms: dict[str, Norm]) -> tuple[Block, list[torch.Tensor]]:
     """Two heads of size 4 that share one key, widths 8 and 10, rank 2 on all but the keys."""
 
     def inputs(width: int, outs: list[int], scales: list[float | None]) -> SharedInput:
@@ -184,10 +215,9 @@ def random_block(dropout: float) -> tuple[Block, list[torch.Tensor]]:
 
     norm = RMSNorm(torch.rand(8).double(), 1e-5)
     block = Block(
-        attention_norm=norm,
+        norms=Norms(norm, norm, **norms),
         queries_keys_values=inputs(8, [8, 4, 4], [1.0, None, 0.5]),
         output=inputs(8, [8], [2.0]),
-        mlp_norm=norm,
         gate_up=inputs(8, [10, 10], [1.0, -1.0]),
         down=inputs(10, [8], [1.0]),
         gate=gate_of(nn.SiLU()),
@@ -204,10 +234,13 @@ def random_block(dropout: float) -> tuple[Block, list[torch.Tensor]]:
 @pytest.mark.parametrize("wanted", [None, [[2, 0], [1, 2]]], ids=["all", "some"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("tokens", [3, 130], ids=["short", "long"])
-def test_gradients_are_right(tokens: int, dropout: float, wanted: Any) -> None:
+@pytest.mark.parametrize("norms", [NO_NORMS, MORE_NORMS], ids=["", "more norms"])
+def test_gradients_are_right(
+    norms: dict[str, Norm], tokens: int, dropout: float, wanted: Any
+) -> None:
     wanted = None if wanted is None else torch.tensor(wanted)
     torch.manual_seed(0)
-    block, factors = random_block(dropout)
+    block, factors = random_block(dropout, norms)
     angle = torch.rand(1, tokens, 2).double().repeat(1, 1, 2)
     angles = Angles(angle.cos(), angle.sin())
 

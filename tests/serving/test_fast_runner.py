@@ -20,7 +20,14 @@ from fast_models import (
     tokens,
     wanted,
 )
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from loralab.adapters import detach, extract, install, merge_in_place, restore
 from loralab.errors import RouteError
@@ -282,7 +289,8 @@ def test_what_the_step_does_not_cover_runs_plainly_in_the_same_batch(changes: An
 def test_models_without_the_formula_are_left_to_the_plain_runner() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60))
     windows = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=20))
-    for model in (gpt2, windows):
+    more_norms = Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    for model in (gpt2, windows, more_norms):
         runner = fast_runner(
             model,
             lambda model=model: PlainRunner(model, num_slots=2, max_tokens=64),

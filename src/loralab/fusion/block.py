@@ -3,9 +3,10 @@
     n = norm(x)      a = attention(rotary(Q n), rotary(K n), V n)     h = x + O a
     m = norm(h)      y = h + Down(act(Gate m) * Up m)
 
-Q ... Down are frozen linear layers, each with a low-rank pair or without. Kept for the backward
-pass: x, h, the queries, keys and values, the attention output, and the outputs of Gate and Up (and
-the attention weights, where no kernel makes them again). Run again there: the norms, act, the gated
+Q ... Down are frozen linear layers, each with a low-rank pair or without. Some models have norms of
+Q n, K n, O a and Down(...) as well. Kept for the backward pass: x, h, the queries, keys and values,
+the attention output, and the outputs of Gate and Up (and what those further norms read, and the
+attention weights, where no kernel makes them again). Run again there: the norms, act, the gated
 product, the dropout masks and the thin products; none of them is a large matrix product.
 
 The tokens of several batches may be given one after another, as pieces: only attention, which looks
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from loralab.adapters import EVERY_ROW, SharedInput, draw_mask, project, project_backward
 from loralab.fusion.attention import Attended
 from loralab.fusion.gates import Gate
-from loralab.fusion.norms import Norm
+from loralab.fusion.norms import Norms, normed, normed_backward
 from loralab.fusion.pieces import Piece, Rows, put, take
 
 
@@ -33,10 +34,9 @@ from loralab.fusion.pieces import Piece, Rows, put, take
 class Block:
     """The layers of one block for one forward."""
 
-    attention_norm: Norm
+    norms: Norms
     queries_keys_values: SharedInput
     output: SharedInput
-    mlp_norm: Norm
     gate_up: SharedInput
     down: SharedInput
     gate: Gate
@@ -57,22 +57,32 @@ class Block:
 
 @dataclass(frozen=True)
 class Kept:
-    """What the backward pass needs beside `x` and the factors."""
+    """What the backward pass needs beside `x` and the factors.
+
+    What the norms read that only some models have is None in the others.
+    """
 
     attended: tuple[Attended, ...]  # of each piece
     attention: Rows
     h: Rows
     gate: Rows
     up: Rows
+    queries: Rows | None
+    keys: Rows | None
+    added: Rows | None  # by attention
+    mapped: Rows | None  # by the MLP
     places: tuple[Tensor | None, ...]  # of the dropout masks of `Block.inputs`
 
-    NUM_OTHERS: ClassVar[int] = 8
+    NUM_ROWS: ClassVar[int] = 8
+    NUM_OTHERS: ClassVar[int] = 12
     NUM_ATTENDED: ClassVar[int] = 5
 
     def tensors(self) -> list[Tensor | None]:
         """All of them in a row, as autograd keeps them."""
         attended = [tensor for each in self.attended for tensor in each]
-        return [self.attention, self.h, self.gate, self.up, *self.places, *attended]
+        rows = [self.attention, self.h, self.gate, self.up]
+        normed = [self.queries, self.keys, self.added, self.mapped]
+        return [*rows, *normed, *self.places, *attended]
 
     @classmethod
     def num_tensors(cls, num_pieces: int) -> int:
@@ -82,10 +92,10 @@ class Kept:
     @classmethod
     def of(cls, tensors: Sequence[Any]) -> "Kept":
         """The other way round."""
-        attention, h, gate, up, *places = tensors[: cls.NUM_OTHERS]
+        rows, places = tensors[: cls.NUM_ROWS], tensors[cls.NUM_ROWS : cls.NUM_OTHERS]
         starts = range(cls.NUM_OTHERS, len(tensors), cls.NUM_ATTENDED)
         attended = tuple(Attended(*tensors[at : at + cls.NUM_ATTENDED]) for at in starts)
-        return Kept(attended, attention, h, gate, up, tuple(places))
+        return Kept(attended, *rows, places=tuple(places))
 
 
 def block_forward(
@@ -98,27 +108,31 @@ def block_forward(
 
     Where positions are wanted only these are computed beyond keys and values; others are zero.
     """
-    block = _of_wanted(block, pieces)
+    block, norms = _of_wanted(block, pieces), block.norms
     of_qkv, of_output, of_gate_up, of_down = block.split(factors)
 
-    n, _ = block.attention_norm.forward(x)
+    n, _ = norms.attention.forward(x)
     qkv_places = draw_mask(n, block.queries_keys_values)
-    qkv = project(n, block.queries_keys_values, of_qkv, qkv_places)
-    found = [piece.attend(*(each[piece.tokens] for each in qkv)) for piece in pieces]
+    q, k, v = project(n, block.queries_keys_values, of_qkv, qkv_places)
+    q, queries = normed(norms.queries, q)
+    k, keys = normed(norms.keys, k)
+    found = [piece.attend(*(each[piece.tokens] for each in (q, k, v))) for piece in pieces]
     attention = _joined([rows for rows, _ in found])
     output_places = draw_mask(attention, block.output)
-    h = project(attention, block.output, of_output, output_places)[0]
+    h, added = normed(norms.attended, project(attention, block.output, of_output, output_places)[0])
     h = h.add_(_taken(x, pieces))
 
-    m, _ = block.mlp_norm.forward(h)
+    m, _ = norms.mlp.forward(h)
     gate_up_places = draw_mask(m, block.gate_up)
     gate, up = project(m, block.gate_up, of_gate_up, gate_up_places)
     gated = block.gate.forward(gate, up)
     down_places = draw_mask(gated, block.down)
-    y = project(gated, block.down, of_down, down_places)[0].add_(h)
+    y, mapped = normed(norms.mapped, project(gated, block.down, of_down, down_places)[0])
+    y = y.add_(h)
 
     places = (qkv_places, output_places, gate_up_places, down_places)
-    kept = Kept(tuple(attended for _, attended in found), attention, h, gate, up, places)
+    attended = tuple(attended for _, attended in found)
+    kept = Kept(attended, attention, h, gate, up, queries, keys, added, mapped, places)
     return _put_back(y, pieces), kept
 
 
@@ -133,24 +147,26 @@ def block_backward(
     wants_input: bool,
 ) -> tuple[Float[Tensor, "tokens width"] | None, list[Tensor]]:
     """The gradients of `x` (None where unwanted) and of the factors."""
-    block = _of_wanted(block, pieces)
+    block, norms = _of_wanted(block, pieces), block.norms
     of_qkv, of_output, of_gate_up, of_down = block.split(factors)
     qkv_places, output_places, gate_up_places, down_places = kept.places
     grad_y = _taken(g, pieces)
 
     gated = block.gate.forward(kept.gate, kept.up)
-    grad_gated, grad_down = project_backward([grad_y], gated, block.down, of_down, down_places)
+    grad_mapped = normed_backward(norms.mapped, grad_y, kept.mapped)
+    grad_gated, grad_down = project_backward([grad_mapped], gated, block.down, of_down, down_places)
     assert grad_gated is not None
     grad_gate, grad_up = block.gate.backward(grad_gated, kept.gate, kept.up)
-    m, scales_h = block.mlp_norm.forward(kept.h)
+    m, scales_h = norms.mlp.forward(kept.h)
     grad_m, grad_gate_up = project_backward(
         [grad_gate, grad_up], m, block.gate_up, of_gate_up, gate_up_places
     )
     assert grad_m is not None
-    grad_h = block.mlp_norm.backward(grad_m, kept.h, scales_h, grad_y)
+    grad_h = norms.mlp.backward(grad_m, kept.h, scales_h, grad_y)
 
+    grad_added = normed_backward(norms.attended, grad_h, kept.added)
     grad_attention, grad_output = project_backward(
-        [grad_h], kept.attention, block.output, of_output, output_places
+        [grad_added], kept.attention, block.output, of_output, output_places
     )
     assert grad_attention is not None
     by_piece = grad_attention.split([piece.num_wanted for piece in pieces])
@@ -158,16 +174,23 @@ def block_backward(
         piece.attend_backward(own, attended)
         for piece, own, attended in zip(pieces, by_piece, kept.attended, strict=True)
     ]
-    grad_qkv = [_joined(each) for each in zip(*found, strict=True)]
-    n, scales_x = block.attention_norm.forward(x)
+    grad_q, grad_k, grad_v = (_joined(each) for each in zip(*found, strict=True))
+    grad_q = normed_backward(norms.queries, grad_q, kept.queries)
+    grad_k = normed_backward(norms.keys, grad_k, kept.keys)
+    n, scales_x = norms.attention.forward(x)
     grad_n, grad_factors = project_backward(
-        grad_qkv, n, block.queries_keys_values, of_qkv, qkv_places, wants_input=wants_input
+        [grad_q, grad_k, grad_v],
+        n,
+        block.queries_keys_values,
+        of_qkv,
+        qkv_places,
+        wants_input=wants_input,
     )
     grad_factors = [*grad_factors, *grad_output, *grad_gate_up, *grad_down]
     if grad_n is None:
         return None, grad_factors
     beside = _put_back(grad_h, pieces)
-    return block.attention_norm.backward(grad_n, x, scales_x, beside), grad_factors
+    return norms.attention.backward(grad_n, x, scales_x, beside), grad_factors
 
 
 def _of_wanted(block: Block, pieces: Sequence[Piece]) -> Block:

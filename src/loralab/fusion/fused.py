@@ -87,10 +87,9 @@ def _formula(matched: Matched, x: Tensor) -> tuple[Block, list[Tensor]] | None:
 
 
 def _trains_norms(matched: Matched) -> bool:
-    norms = matched.parts.attention_norm, matched.parts.mlp_norm
     return any(
         hasattr(norm, "adapters") or any(p.requires_grad for p in norm.parameters())
-        for norm in norms
+        for norm in matched.parts.norms
     )
 
 

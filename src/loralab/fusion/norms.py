@@ -26,10 +26,27 @@ class Norm(Protocol):
         g: Float[Tensor, "rows width"],
         x: Float[Tensor, "rows width"],
         kept: Tensor | None,
-        beside: Float[Tensor, "rows width"],
+        beside: Float[Tensor, "rows width"] | None = None,
     ) -> Float[Tensor, "rows width"]:
         """The gradient of `x` for the gradient `g` of the normed rows, plus `beside`."""
         ...
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The norms of a block: before attention and MLP, and those that only some models have."""
+
+    attention: Norm
+    mlp: Norm
+    queries: Norm | None = None
+    keys: Norm | None = None
+    attended: Norm | None = None  # of what attention adds to its input
+    mapped: Norm | None = None  # of what the MLP adds to its input
+
+    @property
+    def only_before(self) -> bool:
+        """Whether there are none but those before attention and MLP."""
+        return not (self.queries or self.keys or self.attended or self.mapped)
 
 
 @dataclass(frozen=True)
@@ -54,15 +71,15 @@ class RMSNorm:
         g: Float[Tensor, "rows width"],
         x: Float[Tensor, "rows width"],
         kept: Float[Tensor, "rows 1"] | None,
-        beside: Float[Tensor, "rows width"],
+        beside: Float[Tensor, "rows width"] | None = None,
     ) -> Float[Tensor, "rows width"]:
         assert kept is not None
-        if native.covers(x, g, beside, self.gain):
+        if native.covers(x, g, *(() if beside is None else (beside,)), self.gain):
             return native.norm_backward(g, x, kept, self.gain, beside)
         scaled = (g * self.gain).to(kept.dtype)
         normed = x.to(kept.dtype) * kept
         along = (scaled * normed).mean(-1, keepdim=True)
-        return scaled.addcmul_(normed, along, value=-1).mul_(kept).to(x.dtype).add_(beside)
+        return _plus(scaled.addcmul_(normed, along, value=-1).mul_(kept).to(x.dtype), beside)
 
 
 @dataclass(frozen=True)
@@ -79,11 +96,55 @@ class OtherNorm:
         g: Float[Tensor, "rows width"],
         x: Float[Tensor, "rows width"],
         kept: Tensor | None,
-        beside: Float[Tensor, "rows width"],
+        beside: Float[Tensor, "rows width"] | None = None,
     ) -> Float[Tensor, "rows width"]:
         with torch.enable_grad():
             again = x.detach().requires_grad_()
-            return torch.autograd.grad(self.module(again), again, g)[0].add_(beside)
+            return _plus(torch.autograd.grad(self.module(again), again, g)[0], beside)
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """A norm of each head by itself, on rows of many heads."""
+
+    norm: Norm
+    head_size: int
+
+    def forward(
+        self, x: Float[Tensor, "rows width"]
+    ) -> tuple[Float[Tensor, "rows width"], Tensor | None]:
+        normed, kept = self.norm.forward(self._heads(x))
+        return normed.view(x.shape), kept
+
+    def backward(
+        self,
+        g: Float[Tensor, "rows width"],
+        x: Float[Tensor, "rows width"],
+        kept: Tensor | None,
+        beside: Float[Tensor, "rows width"] | None = None,
+    ) -> Float[Tensor, "rows width"]:
+        return _plus(self.norm.backward(self._heads(g), self._heads(x), kept).view(x.shape), beside)
+
+    def _heads(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "_ head_size"]:
+        return rows.reshape(-1, self.head_size)
+
+
+def normed(
+    norm: Norm | None, rows: Float[Tensor, "rows width"]
+) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"] | None]:
+    """The normed rows, and what `normed_backward` needs; the rows as they are without a norm."""
+    return (rows, None) if norm is None else (norm.forward(rows)[0], rows)
+
+
+def normed_backward(
+    norm: Norm | None,
+    g: Float[Tensor, "rows width"],
+    rows: Float[Tensor, "rows width"] | None,
+) -> Float[Tensor, "rows width"]:
+    """The gradient of the rows that `normed` was given."""
+    if norm is None or rows is None:
+        return g
+    return norm.backward(g, rows, norm.forward(rows)[1])
 
 
 def norm_of(module: nn.Module, x: Float[Tensor, "rows width"]) -> Norm:
@@ -101,6 +162,10 @@ def norm_of(module: nn.Module, x: Float[Tensor, "rows width"]) -> Norm:
 def _epsilon(module: nn.Module) -> float | None:
     named = (getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
     return next((float(value) for value in named if isinstance(value, int | float)), None)
+
+
+def _plus(value: Tensor, beside: Tensor | None) -> Tensor:
+    return value if beside is None else value.add_(beside)
 
 
 def _wide(x: Tensor) -> torch.dtype:

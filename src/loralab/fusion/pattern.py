@@ -19,7 +19,7 @@ from loralab.errors import ModelError
 from loralab.fusion.attention import Mask
 from loralab.fusion.block import Block, block_forward
 from loralab.fusion.gates import Gate, gate_of
-from loralab.fusion.norms import Norm, norm_of
+from loralab.fusion.norms import HeadNorm, Norm, Norms, norm_of
 from loralab.fusion.pieces import Angles, Piece, Positions
 from loralab.fusion.proof import agrees
 from loralab.fusion.watching import Leaf, Seen, own_modules, watch
@@ -33,8 +33,7 @@ class Parts:
     linears: by the input they read, (queries, keys, values), (output,), (gate, up), (down,).
     """
 
-    attention_norm: nn.Module
-    mlp_norm: nn.Module
+    norms: tuple[nn.Module, ...]
     activation: nn.Module
     linears: tuple[tuple[nn.Module, ...], ...]
 
@@ -45,7 +44,7 @@ class Matched:
 
     module: nn.Module
     parts: Parts
-    norms: tuple[Norm, Norm]
+    norms: Norms
     gate: Gate
     is_last: bool  # of the model's blocks, all of which match
 
@@ -59,10 +58,9 @@ class Matched:
             return None
         of_qkv, of_output, of_gate_up, of_down = (inputs for inputs, _ in shared)
         block = Block(
-            attention_norm=self.norms[0],
+            norms=self.norms,
             queries_keys_values=of_qkv,
             output=of_output,
-            mlp_norm=self.norms[1],
             gate_up=of_gate_up,
             down=of_down,
             gate=self.gate,
@@ -124,15 +122,14 @@ def read_call(args: Sequence[Any], kwargs: dict[str, Any]) -> Call | None:
 
 
 def _match(layer: nn.Module, seen: Sequence[Seen]) -> Matched | None:
-    parts = _roles(seen[0].leaves)
+    roles = _roles(seen[0].leaves)
     calls = [call for each in seen if (call := read_call(each.args, each.kwargs)) is not None]
-    if parts is None or len(calls) < len(seen) or _drops(layer):
+    if roles is None or len(calls) < len(seen) or _drops(layer):
         return None
+    parts, norms = roles
     members = [[m for module in group if (m := base_member(module))] for group in parts.linears]
     if not _fits_heads(members[0], calls[0].angles):
         return None
-    rows = calls[0].x.flatten(0, 1)
-    norms = norm_of(parts.attention_norm, rows), norm_of(parts.mlp_norm, rows)
     found = Matched(layer, parts, norms, gate_of(parts.activation), is_last=False)
     built = found.block(members)
     if built is None:
@@ -145,7 +142,7 @@ def _match(layer: nn.Module, seen: Sequence[Seen]) -> Matched | None:
     return found
 
 
-def _roles(leaves: Sequence[Leaf]) -> Parts | None:
+def _roles(leaves: Sequence[Leaf]) -> tuple[Parts, Norms] | None:
     """Who is who, by which leaf reads whose output."""
     linears = [leaf for leaf in leaves if base_member(leaf.module) is not None]
     others = [leaf for leaf in leaves if base_member(leaf.module) is None]
@@ -153,28 +150,55 @@ def _roles(leaves: Sequence[Leaf]) -> Parts | None:
     for leaf in linears:
         same = next((group for group in groups if group[0].read is leaf.read), None)
         groups.append([leaf]) if same is None else same.append(leaf)
-    if [len(group) for group in groups] != [3, 1, 2, 1] or len(others) != 3:
+    if [len(group) for group in groups] != [3, 1, 2, 1]:
         return None
-    of_qkv, of_output, of_gate_up, of_down = groups
+    of_qkv, (output,), of_gate_up, (down,) = groups
     gate, activation = _fed(of_gate_up, others)
-    attention_norm, _ = _fed(others, of_qkv)
-    mlp_norm, _ = _fed(others, of_gate_up)
-    if gate is None or activation is None or attention_norm is None or mlp_norm is None:
+    if gate is None or activation is None:
         return None
     up = next(leaf for leaf in of_gate_up if leaf is not gate)
-    ordered = (of_qkv, of_output, (gate, up), of_down)
-    return Parts(
-        attention_norm=attention_norm.module,
-        mlp_norm=mlp_norm.module,
+    norms = {
+        "attention": _fed(others, of_qkv)[0],
+        "mlp": _fed(others, of_gate_up)[0],
+        "queries": _fed(of_qkv[:1], others)[1],
+        "keys": _fed(of_qkv[1:2], others)[1],
+        "attended": _fed([output], others)[1],
+        "mapped": _fed([down], others)[1],
+    }
+    known = {role: leaf for role, leaf in norms.items() if leaf is not None}
+    if not {"attention", "mlp"} <= known.keys() or len(known) + 1 != len(others):
+        return None
+    parts = Parts(
+        norms=tuple(leaf.module for leaf in known.values()),
         activation=activation.module,
-        linears=tuple(tuple(leaf.module for leaf in group) for group in ordered),
+        linears=tuple(
+            tuple(leaf.module for leaf in group) for group in (of_qkv, [output], [gate, up], [down])
+        ),
     )
+    heads = {"queries": of_qkv[0], "keys": of_qkv[1]}
+    return parts, Norms(**{role: _norm(leaf, heads.get(role)) for role, leaf in known.items()})
+
+
+def _norm(leaf: Leaf, projection: Leaf | None) -> Norm:
+    """The norm that the leaf is: of whole rows, or of each head of a projection's rows."""
+    width = leaf.read.shape[-1]
+    norm = norm_of(leaf.module, leaf.read.reshape(-1, width))
+    if projection is None or width == projection.gave.shape[-1]:
+        return norm
+    return HeadNorm(norm, width)
 
 
 def _fed(first: Sequence[Leaf], then: Sequence[Leaf]) -> tuple[Leaf, Leaf] | tuple[None, None]:
-    """A leaf of `first` and the one of `then` that reads its output."""
-    pairs = ((a, b) for a in first for b in then if b.read is a.gave)
+    """A leaf of `first` and the one of `then` that reads its output, maybe as heads."""
+    pairs = ((a, b) for a in first for b in then if _is_view(b.read, a.gave))
     return next(pairs, (None, None))
+
+
+def _is_view(read: Any, gave: Any) -> bool:
+    """Whether `read` has all numbers of `gave` and is the same memory."""
+    if not isinstance(read, Tensor) or not isinstance(gave, Tensor):
+        return False
+    return read.data_ptr() == gave.data_ptr() and read.numel() == gave.numel()
 
 
 def _fits_heads(members: Sequence[Member], angles: Angles) -> bool:

@@ -117,7 +117,7 @@ def norm(x: Rows, gain: Float[Tensor, " width"], epsilon: float) -> tuple[Rows, 
 
 
 def norm_backward(
-    g: Rows, x: Rows, inverse: Tensor, gain: Float[Tensor, " width"], beside: Rows
+    g: Rows, x: Rows, inverse: Tensor, gain: Float[Tensor, " width"], beside: Rows | None
 ) -> Rows:
     """The gradient of the norm's input, plus `beside`."""
     grad_x = torch.empty_like(x)
@@ -286,8 +286,8 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _pointers(*tensors: Tensor) -> tuple[c_void_p, ...]:
-    return tuple(c_void_p(tensor.data_ptr()) for tensor in tensors)
+def _pointers(*tensors: Tensor | None) -> tuple[c_void_p, ...]:
+    return tuple(c_void_p(_pointer(tensor)) for tensor in tensors)
 
 
 def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:

@@ -165,15 +165,17 @@ def _check_settings(config: Any, max_tokens: int) -> None:
 
 
 def _block(matched: Matched) -> DecoderBlock:
-    norms = matched.norms
-    if not (isinstance(norms[0], RMSNorm) and isinstance(norms[1], RMSNorm)):
+    before_attention, before_mlp = matched.norms.attention, matched.norms.mlp
+    if not (isinstance(before_attention, RMSNorm) and isinstance(before_mlp, RMSNorm)):
         raise _NotCoveredError("its norms are not RMS norms")
+    if not matched.norms.only_before:
+        raise _NotCoveredError("it has norms behind its layers as well")
     projections = (
         Projection(module, number)
         for number, group in enumerate(matched.parts.linears)
         for module in group
     )
-    return DecoderBlock(norms[0], norms[1], tuple(projections))
+    return DecoderBlock(before_attention, before_mlp, tuple(projections))
 
 
 def _activation(matched: Sequence[Matched]) -> int:
