@@ -140,6 +140,24 @@ def test_rank_and_scale_are_told_apart() -> None:
     assert two(scaling="alpha/sqrt(rank)", alpha=32.0) == {"rank-and-scale-changed"}
 
 
+def test_dropout_that_is_not_told_is_not_guessed() -> None:
+    tables = described("clean-two-arms")
+    arm(tables, 0, method="lora", stands_for=None, adapter_dropout=None)
+    arm(tables, 1, adapter_dropout=0.1)
+    assert "dropout-in-one-arm" not in found(tables)
+    arm(tables, 0, method="full")  # without an adapter there is none
+    assert "dropout-in-one-arm" in found(tables)
+
+
+def test_epochs_tell_who_trained_longer_where_no_steps_are_told() -> None:
+    tables = described("clean-two-arms")
+    arm(tables, 0, epochs=3.0)
+    assert "steps-differ" not in found(tables)
+    for index in (0, 1):
+        arm(tables, index, steps=None, warmup_steps=None)
+    assert found(tables) == {"steps-differ"}
+
+
 def test_two_rates_are_too_few_and_have_their_best_at_an_edge() -> None:
     tables = described("clean-two-arms")
     arm(tables, 1, rates_tried=[1e-4, 3e-4])

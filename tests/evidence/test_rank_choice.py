@@ -14,6 +14,7 @@ from loralab.evidence import (
     label_bits,
     last_holding,
     loss_of,
+    lost_rights,
     rank_curve,
     rank_verdict,
 )
@@ -54,8 +55,15 @@ def test_rows_of_one_document_count_together_and_infinite_ones_not_at_all() -> N
 
 def test_no_discordant_row_is_no_certainty_about_accuracy() -> None:
     same = np.ones(30)
-    found = loss_of(same, same)
+    found = lost_rights(same, same)
     assert found["low"] < 0 < found["high"] < 0.1
+
+
+def test_the_same_outputs_lose_no_log_likelihood() -> None:
+    nll = np.random.default_rng(6).random(30)
+    assert set(loss_of(nll, nll).values()) == {0.0}
+    curve = rank_curve(scores(nll), [candidate(2, nll), candidate(1, nll)], 1e-6)
+    assert [row["chosen"] for row in curve] == [False, True]
 
 
 def test_the_choice_is_the_last_before_the_first_failure() -> None:

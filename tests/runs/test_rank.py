@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForSequenceClassification
 
 from loralab.adapters import Decomposed, install, read_adapter, use, write_adapter
 from loralab.cli import main
@@ -18,9 +20,12 @@ from loralab.events import ignore
 from loralab.runs.folder import Run
 from loralab.runs.rank import rank
 from loralab.runs.rank_trainings import refine
-from loralab.runs.subject import open_subject
+from loralab.runs.subject import held_out, open_subject
 from loralab.runs.train import train
 from loralab.runs.workbench import base_model
+
+# PEFT's call
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,6 @@ def test_a_run_truncated_chosen_confirmed_and_saved(run: Path, tmp_path: Path) -
     assert found["verdict"].startswith(f"Rank {chosen['rank']} is enough")
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_peft_reads_the_truncated_adapter(
     run: Path, tmp_path: Path, settings: Callable[..., RunConfig]
 ) -> None:
@@ -84,6 +88,42 @@ def test_an_adapter_that_is_no_run_gives_the_same_curve(
     alone = rank(run / "adapter", base=str(tiny_model), overrides=other, **asked)
     assert alone["curve"] == of_run["curve"] and alone["rows"] == of_run["rows"]
     assert of_run["rows"]["choose"] + of_run["rows"]["confirm"] == 600
+
+
+@pytest.fixture(scope="module")
+def made_by_peft(folder: Path, tiny_model: Path) -> dict[str, Path]:
+    """Adapters that PEFT wrote of a classifier with its own pooling: untrained, random."""
+    places = {"untrained": folder / "peft-untrained", "random": folder / "peft-random"}
+    for place, untrained in zip(places.values(), (True, False), strict=True):
+        torch.manual_seed(0)
+        base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+        settings = LoraConfig(
+            task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=untrained
+        )
+        get_peft_model(base, settings).save_pretrained(str(place))
+    return places
+
+
+def test_an_adapter_that_peft_made_is_scored_as_peft_scores_it(
+    made_by_peft: dict[str, Path], tiny_model: Path, rows_csv: Path
+) -> None:
+    folder = made_by_peft["random"]
+    subject = open_subject(folder, base=str(tiny_model), data=str(rows_csv))
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    theirs = PeftModel.from_pretrained(base, folder).eval()
+    rows = held_out(subject, None, ignore).choose[:5]
+    with torch.no_grad():
+        logits = [theirs(input_ids=torch.tensor([row.input_ids])).logits[0] for row in rows]
+    labels = torch.tensor([row.label for row in rows])
+    nll = cross_entropy(torch.stack(logits), labels, reduction="none")
+    assert subject.scores(subject.adapter, rows).nll == pytest.approx(nll.numpy(), abs=1e-5)
+
+
+def test_an_adapter_that_changes_nothing_is_named(
+    made_by_peft: dict[str, Path], tiny_model: Path, rows_csv: Path
+) -> None:
+    with pytest.raises(LoralabError, match="B is zero in all 2 modules"):
+        rank(made_by_peft["untrained"], base=str(tiny_model), data=str(rows_csv))
 
 
 def test_a_recipe_is_trained_once_high_and_at_other_ranks(

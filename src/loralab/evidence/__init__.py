@@ -10,7 +10,7 @@ from loralab.evidence.forgetting import (
     forgetting_verdict,
     gain_and_loss,
 )
-from loralab.evidence.losing import RowScores, holds, last_holding, loss_of, losses
+from loralab.evidence.losing import RowScores, holds, last_holding, loss_of, losses, lost_rights
 from loralab.evidence.rank_curve import (
     Candidate,
     Rule,
@@ -47,6 +47,7 @@ __all__ = [
     "last_holding",
     "loss_of",
     "losses",
+    "lost_rights",
     "rank_curve",
     "rank_verdict",
 ]

@@ -19,6 +19,7 @@ from loralab.evidence.losing import (
     holds,
     last_holding,
     loss_of,
+    lost_rights,
 )
 
 Dial = Literal["scale", "cap"]
@@ -84,7 +85,7 @@ def gain_and_loss(
         "task": setting.task.figures(),
         "keep_nll": setting.keep.figures()["nll"],
         "gain": loss_of(setting.task.nll, base_task.nll, task_groups),
-        "gained_accuracy": loss_of(base_task.correct, setting.task.correct, task_groups),
+        "gained_accuracy": lost_rights(base_task.correct, setting.task.correct, task_groups),
         "forgotten": loss_of(base_keep.nll, setting.keep.nll, keep_groups, confidence=SHARED),
     }
 

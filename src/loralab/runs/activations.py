@@ -15,6 +15,7 @@ from loralab.data import Encoded, collate, encode, evaluation_batches, load_data
 from loralab.evidence.xray import LayerDimension, layer_dimensions
 from loralab.models import load_model, load_tokenizer, model_folder
 from loralab.runs.evaluate import FILE_SUFFIXES
+from loralab.runs.subject import is_of_language_model, task_of
 from loralab.runs.workbench import base_model
 
 NUM_ROWS, BATCH_SIZE, MAX_TOKENS = 400, 32, 128
@@ -65,19 +66,11 @@ def _plain(name: str) -> nn.Module:
 
 
 def _fitting(name: str, adapter: Adapter) -> nn.Module:
-    """The base with such a head as the adapter brings."""
-    if adapter.facts.get("model_class", "").endswith(("ForCausalLM", "LMHeadModel")):
-        return load_model(name, task="causal")
-    heads = [key for key in adapter.extra if key.rpartition(".")[0] in ("score", "classifier")]
-    weight = next((adapter.extra[key] for key in heads if key.endswith(".weight")), None)
-    pooled = any(".pooler." in f".{module}." for module in adapter.pairs)
-    encoder = any(key.startswith("classifier") for key in heads)
-    return load_model(
-        name,
-        num_labels=2 if weight is None else len(weight),
-        head_bias="score.bias" in heads,
-        pooling="mean" if encoder and not pooled else "native",
-    )
+    """The base with such a head as the adapter brings; any head where it brings none."""
+    told = task_of(adapter)
+    if told["task"] == "causal" and not is_of_language_model(adapter):
+        return load_model(name)
+    return load_model(name, **told)
 
 
 @torch.inference_mode()

@@ -92,7 +92,7 @@ def measure(subject: Subject, rows: HeldOut, asked: Asked, listen: Listener = ig
 
 
 def decompose(subject: Subject) -> Decomposed:
-    """The SVDs of its deltas. Raises `AdapterError` where it has none."""
+    """The SVDs of its deltas. Raises `AdapterError` where it has none, or all of them are zero."""
     whole = Decomposed(subject.adapter)
     if not whole.svds:
         raise AdapterError(
@@ -100,6 +100,12 @@ def decompose(subject: Subject) -> Decomposed:
             f" {', '.join(subject.adapter.whole_modules) or 'whole tensors'}): there is no rank to"
             " choose",
             "give an adapter that has targets.",
+        )
+    if not any(float(svd.S.max()) for svd in whole.svds.values()):
+        raise AdapterError(
+            f"{subject.source} changes nothing: B is zero in all {len(whole.svds)} modules, so that"
+            " every rank is as good as another",
+            "it was never trained, or not what was trained was saved: train it first.",
         )
     return whole
 

@@ -12,7 +12,7 @@ from loralab.adapters import Adapter, adapter_parameters, detach, extract, insta
 from loralab.config import RunConfig
 from loralab.errors import ConfigError, OutputError, TrainingError
 from loralab.events import Listener, Note, Phase, Progress, ignore
-from loralab.evidence import RowScores, loss_of
+from loralab.evidence import RowScores, loss_of, lost_rights
 from loralab.runs.convert import convert
 from loralab.runs.folder import MANIFEST, Run, open_run
 from loralab.runs.subject import HeldOut, Subject, groups_of, open_subject
@@ -176,7 +176,7 @@ def _figures(scores: RowScores, groups: Any) -> dict[str, Any]:
     zero = RowScores(scores.nll * 0, scores.correct * 0)
     return {
         "nll": loss_of(zero.nll, scores.nll, groups),
-        "accuracy": loss_of(zero.correct, scores.correct, groups),
+        "accuracy": lost_rights(zero.correct, scores.correct, groups),
     }
 
 

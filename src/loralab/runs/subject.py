@@ -173,32 +173,39 @@ def _config_of(adapter: Adapter, base: str, data: str, overrides: Sequence[str])
     """Settings of an adapter that no run is known of."""
     is_file = Path(data).suffix.lower() in FILE_SUFFIXES
     tables: dict[str, Any] = {
-        "model": {"name": base, **_task_of(adapter)},
+        "model": {"name": base, **task_of(adapter)},
         "data": {"train" if is_file else "name": data},
         "training": {"memory_plan": "off"},
     }
     return with_overrides(parse_config(tables, source=base), overrides)
 
 
-def _task_of(adapter: Adapter) -> dict[str, Any]:
-    """The task and the head, as far as the adapter's file tells."""
-    names = [key.rpartition(".")[0].rpartition(".")[2] for key in adapter.extra]
-    if adapter.facts.get("model_class", "").endswith(("ForCausalLM", "LMHeadModel")):
-        return {"task": "causal"}
-    weights = [
-        tensor
-        for (key, tensor), name in zip(adapter.extra.items(), names, strict=True)
-        if name in HEADS and key.endswith(".weight")
-    ]
+def is_of_language_model(adapter: Adapter) -> bool:
+    """Whether its file says so."""
+    return adapter.facts.get("model_class", "").endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def task_of(adapter: Adapter) -> dict[str, Any]:
+    """The task and the head as arguments of `load_model`, as far as the adapter's file tells.
+
+    PEFT's files do not tell the pooling: it is then the model's own.
+    """
+    weights = (
+        []
+        if is_of_language_model(adapter)
+        else [
+            tensor
+            for key, tensor in adapter.extra.items()
+            if key.endswith(".weight") and key.split(".")[-2] in HEADS
+        ]
+    )
     if not weights:
         return {"task": "causal"}
-    encoder = any(name == "classifier" for name in names)
-    pooled = any(".pooler." in f".{module}." for module in adapter.pairs)
     return {
         "task": "classification",
         "num_labels": max(2, len(weights[0])),
         "head_bias": any(key.endswith("score.bias") for key in adapter.extra),
-        "pooling": "mean" if encoder and not pooled else "native",
+        "pooling": adapter.pooling or "native",
     }
 
 

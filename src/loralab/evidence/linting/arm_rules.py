@@ -29,9 +29,8 @@ def dropout_in_one_arm(experiment: Experiment) -> Iterator[Said]:
     """Regularisation that only some arms have is compared along with the method."""
     if len(experiment.arms) < 2:
         return
-    known = [arm for arm in experiment.arms if arm.adapter_dropout is not None]
-    with_dropout = [arm for arm in known if arm.adapter_dropout]
-    without = [arm.name for arm in experiment.arms if not arm.adapter_dropout]
+    with_dropout = [arm for arm in experiment.arms if arm.adapter_dropout]
+    without = [arm.name for arm in experiment.arms if _has_no_dropout(arm)]
     if with_dropout and without:
         yield (
             "dropout is in some arms only, and is compared along with the method",
@@ -92,12 +91,18 @@ def steps_differ(experiment: Experiment) -> Iterator[Said]:
     """One arm trained longer."""
     steps = {arm.name: arm.steps for arm in experiment.arms if arm.steps}
     batch = {arm.batch_size for arm in experiment.arms if arm.batch_size}
+    epochs = {arm.name: arm.epochs for arm in experiment.arms if arm.epochs}
     if len(set(steps.values())) > 1 and len(batch) <= 1:
-        yield (
-            "the arms trained for different numbers of steps",
-            ", ".join(f"{name} {count}" for name, count in steps.items()),
-            "give every arm the same token budget.",
-        )
+        counts, of = steps, "steps"
+    elif not steps and len(set(epochs.values())) > 1:
+        counts, of = epochs, "epochs"
+    else:
+        return
+    yield (
+        f"the arms trained for different numbers of {of}",
+        ", ".join(f"{name} {count:g}" for name, count in counts.items()),
+        "give every arm the same token budget.",
+    )
 
 
 @rule("batch-differs", "warning")
@@ -146,6 +151,11 @@ def layer_count(experiment: Experiment) -> Iterator[Said]:
             f"{has} by the model's configuration{told}",
             "print what is frozen from the model itself.",
         )
+
+
+def _has_no_dropout(arm: Arm) -> bool:
+    """Told to be zero, or without an adapter that could have any."""
+    return arm.adapter_dropout == 0 or (arm.adapter_dropout is None and arm.method != "lora")
 
 
 def _first_step(arm: Arm) -> float:
