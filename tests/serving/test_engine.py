@@ -219,6 +219,18 @@ def test_one_requests_error_touches_no_other(engine, oracle):
         oracle.assert_greedy(prompt, "eight", receiver.tokens)
 
 
+def test_a_lack_of_memory_may_pass(engine, monkeypatch):
+    def full(chunks):
+        return torch.empty(2**50)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.runner, "forward", full)
+        hungry = ask(engine, "hello", max_tokens=5)
+        finish(engine)
+    assert isinstance(hungry.pieces[-1].error, CapacityError)
+    assert len(answer(engine, "hello", max_tokens=5, ignore_eos=True).tokens) == 5
+
+
 def test_numbers_that_are_none_stay_with_their_request(engine, oracle, hosting):
     adapters.install(hosting, adapters.extract(hosting, "two"), "wild")
     try:

@@ -17,7 +17,13 @@ from served_adapters import llama, place, running, write_adapter_folder
 from transformers import PreTrainedModel
 
 from loralab.adapters import content_hash, hosted, read_adapter
-from loralab.errors import AdapterError, ForbiddenError, RequestError, UnknownAdapterError
+from loralab.errors import (
+    AdapterError,
+    CapacityError,
+    ForbiddenError,
+    RequestError,
+    UnknownAdapterError,
+)
 from loralab.serving.store import (
     AdapterStore,
     Limits,
@@ -289,6 +295,19 @@ def flip_a_bit(file: Path) -> None:
     data[-5] ^= 1
     with file.open("r+b") as handle:
         handle.write(data)
+
+
+def test_where_memory_is_full_the_adapter_is_not_refused(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*about: Any) -> Any:
+        return torch.empty(2**50)  # torch's own words for it
+
+    with monkeypatch.context() as patched:
+        patched.setattr(served.store.place, "attach", full)
+        with pytest.raises(CapacityError, match="memory ran out"):
+            served.versions("red")
+    assert served.versions("red")
 
 
 def test_a_folder_that_is_gone_is_unknown(served: Served, root: Path) -> None:

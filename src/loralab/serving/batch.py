@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from loralab.errors import CapacityError, LoralabError
 from loralab.serving import jobs as work
 from loralab.serving.answer import Answer, Ticket
+from loralab.serving.faults import as_loralab_error
 from loralab.serving.jobs import Job
 from loralab.serving.merged import MergedMode
 from loralab.serving.prefixes import Slots
@@ -226,14 +227,3 @@ class Batch:
             # what was computed with both is not for anybody else to go on from
             slot.identity = None if slot.tokens else self._identity(answer.ticket.request)
         self.runner.adapters_changed()
-
-
-def as_loralab_error(error: Exception) -> LoralabError:
-    """Any failure as an error that a user can be told."""
-    if isinstance(error, LoralabError):
-        return error
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return CapacityError("memory ran out", "try again, or with a shorter prompt.")
-    return LoralabError(
-        f"the model failed: {type(error).__name__}: {error}", "the server's log has the traceback."
-    )

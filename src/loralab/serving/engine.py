@@ -18,7 +18,8 @@ from loralab.adapters import collector_paused
 from loralab.errors import CapacityError, RequestError
 from loralab.serving import jobs as work
 from loralab.serving.answer import Deliver, Ticket
-from loralab.serving.batch import Batch, as_loralab_error
+from loralab.serving.batch import Batch
+from loralab.serving.faults import as_loralab_error
 from loralab.serving.jobs import Job
 from loralab.serving.merged import MergedMode
 from loralab.serving.requests import Entry, Request

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from loralab.errors import LoralabError, RequestError
+from loralab.serving.faults import out_of_memory
 from loralab.serving.requests import Entry
 from loralab.serving.runner import Chunk, Encoder, Pooling, Runner
 from loralab.serving.sampling import Chosen, judged
@@ -60,7 +61,7 @@ def encode(encoder: Encoder, jobs: Sequence[Job]) -> None:
             results = list(encoder.embed(texts, entries, jobs[0].pooling))
     except Exception as error:
         if len(jobs) == 1:
-            jobs[0].future.set_exception(error)
+            jobs[0].future.set_exception(out_of_memory(error) or error)
             return
         for job in jobs:
             encode(encoder, [job])
@@ -85,7 +86,7 @@ def score(runner: Runner, job: Job, slot: int, entry: Entry, chunk_tokens: int) 
                 for token, row in zip(following, logits, strict=False)
             ]
     except Exception as error:
-        job.future.set_exception(error)
+        job.future.set_exception(out_of_memory(error) or error)
         return
     job.future.set_result(found)
 

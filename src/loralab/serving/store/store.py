@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from loralab.adapters import Adapter
 from loralab.errors import AdapterError, CapacityError, LoralabError
+from loralab.serving.faults import out_of_memory
 from loralab.serving.store.leases import Lease, Waiter, fail, hand_over
 from loralab.serving.store.memory import Memory
 from loralab.serving.store.names import Entry, Names
@@ -271,7 +272,7 @@ class AdapterStore:
         try:
             stored = self._reader.read(entry.folder)
         except Exception as error:
-            fault = error
+            fault = out_of_memory(error) or error
         with self._lock:
             entry.reading = entry.stale = False
             if stored is not None:
@@ -299,7 +300,7 @@ class AdapterStore:
         try:
             proof = self.place.attach(version, self._value(version))
         except Exception as error:
-            fault = error
+            fault = out_of_memory(error) or error
         with self._lock:
             entry = self._names.find(version.name)
             if entry is not None and version != entry.wanted:
