@@ -62,6 +62,8 @@ def offline(adapters: Path, entry: Any, prompt: str, num_tokens: int) -> str:
         ("reviews", "reviews"),
         ("elsewhere", "elsewhere"),
         ("reviews=0.7,tweets=-0.3", {"reviews": 0.7, "tweets": -0.3}),
+        ("reviews=0.5,tweets=-0.3,reviews=0.25", {"reviews": 0.75, "tweets": -0.3}),
+        ("reviews=0", None),
     ],
 )
 def test_answers_are_those_of_transformers(
@@ -166,6 +168,7 @@ def test_models_tell_version_and_proof(server: Server) -> None:
     ("body", "status", "words"),
     [
         ({"model": "revews", "prompt": "x"}, 404, "Did you mean 'reviews'"),
+        ({"model": "revews=0", "prompt": "x"}, 404, "Did you mean 'reviews'"),
         ({"model": "empty", "prompt": "x"}, 422, "no effect"),
         ({"model": "../reviews", "prompt": "x"}, 404, "there is no model '../reviews'"),
         ({"model": "reviews=x", "prompt": "x"}, 400, "not of the form name=weight"),

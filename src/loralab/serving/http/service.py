@@ -90,12 +90,12 @@ class Service:
     def target(self, model: str, caller: Caller) -> Target:
         """What the request is for. Raises `ForbiddenError` and `UnknownAdapterError`."""
         target = parse_target(model, self.base)
-        caller.check_use(target.counted)
+        caller.check_use([*target.named, *target.counted])
         try:
-            self.store.check_known(target.names)
+            self.store.check_known(target.named)
         except UnknownAdapterError as error:
-            if len(target.names) == 1:
-                raise self.unknown(target.names[0]) from error
+            if len(target.named) == 1:
+                raise self.unknown(target.named[0]) from error
             raise
         return target
 

@@ -13,11 +13,12 @@ MIX = "(mix)"  # the label of all mixes in the metrics, so that weights make no 
 
 @dataclass(frozen=True)
 class Target:
-    """weights: adapter -> weight; none for the base."""
+    """weights: adapter -> weight; none for the base. named: all adapters, of weight 0 too."""
 
     model: str
     base: str
     weights: Mapping[str, float]
+    named: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,30 +55,32 @@ class Resolved:
 
 
 def parse_target(model: str, base: str) -> Target:
-    """`base`, `adapter`, or a mix `a=0.7,b=-0.3`. Raises `RequestError` for what is none."""
+    """`base`, `adapter`, or a mix `a=0.7,b=-0.3`, in which a name that stands twice counts with the
+    sum of its weights. Raises `RequestError` for what is none."""
     if model == base:
         return Target(model, base, {})
     if "=" not in model:
-        return Target(model, base, {model: 1.0})
+        return Target(model, base, {model: 1.0}, (model,))
     weights: dict[str, float] = {}
     faults = []
     for part in model.split(","):
         name, _, number = part.partition("=")
         name = name.strip()
         try:
-            weight = float(number)
+            weight = weights.get(name, 0.0) + float(number)
         except ValueError:
             weight = math.nan
         if not name or not math.isfinite(weight):
             faults.append(f"{part.strip()!r} is not of the form name=weight")
-        elif name in weights or name == base:
-            faults.append(f"{name!r} stands twice" if name in weights else f"{name!r} is the base")
+        elif name == base:
+            faults.append(f"{name!r} is the base")
         weights[name] = weight
     if faults:
         raise RequestError(
             f"model: {'; '.join(faults)}", "write a mix as `reviews=0.7,tweets=0.3`."
         )
-    return Target(model, base, {name: w for name, w in weights.items() if w != 0})
+    used = {name: weight for name, weight in weights.items() if weight}
+    return Target(model, base, used, tuple(weights))
 
 
 def _labels(versions: Iterable[Version]) -> tuple[str, ...]:
