@@ -198,7 +198,8 @@ def _is_view(read: Any, gave: Any) -> bool:
     """Whether `read` has all numbers of `gave` and is the same memory."""
     if not isinstance(read, Tensor) or not isinstance(gave, Tensor):
         return False
-    return read.data_ptr() == gave.data_ptr() and read.numel() == gave.numel()
+    same = read.untyped_storage()._cdata == gave.untyped_storage()._cdata
+    return same and read.storage_offset() == gave.storage_offset() and read.numel() == gave.numel()
 
 
 def _fits_heads(members: Sequence[Member], angles: Angles) -> bool:
