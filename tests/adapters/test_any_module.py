@@ -51,6 +51,23 @@ class ReadPast(nn.Module):
         return nn.functional.linear(x, self.layer.weight, self.layer.bias)
 
 
+class Odd(nn.Module):
+    """Convolutions apart by groups, gaps and padding; an embedding whose weight is the head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Embedding(11, 8)
+        self.apart = nn.Conv1d(8, 16, 3, groups=8, padding=2, dilation=2)
+        self.around = nn.Conv1d(16, 8, 3, groups=2, padding="same", padding_mode="circular")
+        self.say = nn.Linear(8, 11, bias=False)
+        self.say.weight = self.read.weight
+        self.also_around = self.around
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.around(self.apart(self.read(x.long()).mT).relu())
+        return self.say(self.also_around(torch.cat([found, found], 1)).mT)
+
+
 def swin() -> nn.Module:
     sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "window_size": 4}
     config = SwinConfig(**sizes, depths=[1, 1], num_heads=[2, 2], num_labels=3)
@@ -89,13 +106,14 @@ def answer(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         (swin, (2, 3, 16, 16), "all-linear", 13),
         (conv1d, (2, 3, 16), ["0.0", "0.2", "2"], 3),
         (conv3d, (2, 1, 6, 6, 6), ["0", "3"], 2),
+        (Odd, (2, 7), ["read", "apart", "around", "say"], 4),
     ],
 )
 def test_an_adapter_works_saves_and_merges(
     tmp_path: Path, build: Callable[[], nn.Module], shape: Any, targets: Any, num_pairs: int
 ) -> None:
     torch.manual_seed(0)
-    model, x = build().eval(), torch.randn(shape)
+    model, x = build().eval(), torch.randn(shape).abs()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     base = answer(model, x)
     drawn(model, LoRAConfig(rank=2, alpha=4, targets=targets))
@@ -106,7 +124,7 @@ def test_an_adapter_works_saves_and_merges(
     found.square().sum().backward()
     gradients = [p.grad for p in adapter_parameters(model, "style").values()]
     assert all(gradient is not None and gradient.any() for gradient in gradients)
-    save_adapter(model, "style", tmp_path / "adapter")
+    save_adapter(model, "style", tmp_path / "adapter", portable=build is not Odd)
     fresh = build().eval()
     fresh.load_state_dict(state)
     load_adapter(fresh, tmp_path / "adapter", "again")

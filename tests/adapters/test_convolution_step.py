@@ -80,6 +80,43 @@ def test_gradients_are_right(name: str, dropout: float) -> None:
     assert torch.autograd.gradcheck(output, (x.requires_grad_(), A, B))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_of_several_adapters_are_what_each_is_alone(dtype: torch.dtype, monkeypatch) -> None:
+    """Each adapter has a stretch of rows, of its own length; one stretch is the base's."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, dtype=dtype)).train()
+    for number, name in enumerate("abc"):
+        attach(model, LoRAConfig(rank=2 + number, targets=["0"]), name=name, seed=number)
+        for value in adapter_parameters(model, name).values():
+            value.data = torch.randn_like(value, dtype=dtype)
+    stretches = {"a": slice(0, 3), None: slice(3, 4), "b": slice(4, 6), "c": slice(6, 7)}
+    route = ["a"] * 3 + [None] + ["b"] * 2 + ["c"]
+    x, g = torch.randn(7, 4, 8, 8, dtype=dtype), torch.randn(7, 6, 8, 8, dtype=dtype)
+    taken: list[int] = []
+    real = following.convolution_step
+    monkeypatch.setattr(
+        following, "convolution_step", lambda x, *rest: taken.append(len(x)) or real(x, *rest)
+    )
+
+    def gradients_of(route, rows: slice, names: str) -> list[torch.Tensor]:
+        own = x[rows].clone().requires_grad_()
+        factors = [v for name in names for v in adapter_parameters(model, name).values()]
+        with use(model, route):
+            y = model(own)
+        return [y, *torch.autograd.grad(y, [own, *factors], g[rows])]
+
+    y, grad_x, *factors = gradients_of(route, slice(0, 7), "abc")
+    assert taken == [3, 2, 1]
+    for name, rows in stretches.items():
+        own_y, own_grad_x, *own = gradients_of(name, rows, name or "")
+        torch.testing.assert_close(y[rows], own_y)
+        torch.testing.assert_close(grad_x[rows], own_grad_x)
+        for got, wanted in zip(factors, own, strict=False):
+            torch.testing.assert_close(got, wanted)
+        factors = factors[len(own) :]
+    assert not factors
+
+
 def test_only_the_input_is_kept() -> None:
     model, x = adapted("2d", dropout=0.2, dtype=torch.float32)
     x.requires_grad_()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from loralab import adapters
+from loralab.config import MethodSection, TrainingSection
 from loralab.errors import ModelError, RouteError
 from loralab.imaging import (
     STYLE_TARGETS,
@@ -20,6 +21,11 @@ from loralab.imaging import (
     sample_images,
     save_denoiser,
 )
+from loralab.training import prepare_many
+from loralab.training.forward import objective_of
+from loralab.training.optimiser import Optimiser
+from loralab.training.shared_step import SharedStep, joint_of
+from loralab.training.step import Stepper
 
 STEPS = 3
 
@@ -126,6 +132,37 @@ def test_only_the_style_in_use_gets_gradients(
     Denoising(denoiser, route="bold").nll_sum(rows).backward()
     moved = {name for name, p in denoiser.unet.named_parameters() if p.grad is not None}
     assert moved and all(".adapters.bold." in name for name in moved)
+
+
+def test_styles_in_one_pass_have_the_gradients_that_each_has_alone(
+    denoiser: Denoiser, rows: tuple[ImageRow, ...]
+) -> None:
+    method = MethodSection(rank=4, alpha=8, targets=list(STYLE_TARGETS))
+    settings = [(method, TrainingSection(seed=seed)) for seed in range(3)]
+    task, names = DenoisingTask(denoiser.scheduler), ["bold", "outline", "chalk"]
+    runs = prepare_many(denoiser.unet, settings, task=task, names=names)
+    torch.manual_seed(1)
+    for parameter in (each for run in runs for each in run.parameters.values()):
+        torch.nn.init.normal_(parameter, std=0.05)
+    steppers = [
+        Stepper(run, Optimiser(run.groups, run.training), objective_of(run)) for run in runs
+    ]
+    steps = {0: 1, 1: 4, 2: 9}  # noise depends on a run's seed and step alone
+    given = {0: rows[:3], 1: rows[3:4], 2: rows[1:6]}
+
+    def taken(losses: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        values = [value for run in runs for value in run.parameters.values()]
+        found = [value.grad for value in values]
+        for value in values:
+            value.grad = None
+        return [*losses.values(), *cast(Any, found)]
+
+    assert joint_of(runs) is not None
+    together = taken(SharedStep(runs, steppers).gradients(steps, given))
+    alone = taken({n: steppers[n].gradients(steps[n], own) for n, own in given.items()})
+    least = 1e-6 * max(wanted.norm() for wanted in alone)  # what is zero but for rounding
+    for ours, wanted in zip(together, alone, strict=True):
+        assert (ours - wanted).norm() <= 1e-4 * wanted.norm() + least
 
 
 def test_an_image_does_not_depend_on_its_batch(denoiser: Denoiser) -> None:
