@@ -16,6 +16,18 @@ SMALL: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 512,
         "pad_token_id": 0,
     },
+    "qwen3": {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 211,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+    },
     "bert": {
         "model_type": "bert",
         "hidden_size": 64,

@@ -36,6 +36,7 @@ def measured(config: Any, kind: str) -> int:
 CASES = [
     ("llama", "own", {}),
     ("llama", "peft", {}),
+    ("qwen3", "own", {}),
     ("llama", "own", {"model__task": "causal", "model__dtype": "bfloat16"}),
     ("llama", "peft", {"method__kind": "full", "training__fused": False}),
     ("bert", "own", {"method__kind": "frozen"}),
