@@ -12,7 +12,8 @@ from loralab.cli import main
 from loralab.config import load_config, shipped_recipes
 from loralab.errors import ConfigError
 from loralab.evidence.linting import RULES, lint, parse_description
-from loralab.runs.lint import of_comparison, of_recipe, read_experiment
+from loralab.runs.folder import Run
+from loralab.runs.lint import of_comparison, of_recipe, of_runs, read_experiment
 
 DESCRIPTIONS = resources.files("loralab") / "recipes" / "experiments"
 
@@ -257,6 +258,22 @@ def test_the_verb_exits_with_one_for_errors_and_zero_without(
     assert len({finding["name"] for finding in document["findings"]}) >= 20
     assert main(["lint", "nowhere"]) == 2
     assert "llama-imdb-two-arms" in capsys.readouterr().err
+
+
+def test_arms_of_one_method_are_named_by_what_they_differ_in(tmp_path: Path) -> None:
+    def run(name: str, **changes: Any) -> Run:
+        manifest = {"state": "running", "trainable_parameters": 1, "total_parameters": 2}
+        config = load_config("demo").replace(training__max_steps=3, **changes)
+        return Run(tmp_path / name, config, manifest)
+
+    runs = [run("a"), run("b", training__seed=1), run("c", method__dropout=0.1)]
+    runs += [run("d", method__dropout=0.1, training__batch_size=8), run("e", method__rank=4)]
+    assert [arm.name for arm in of_runs(runs).arms] == [
+        "lora rank 16, dropout 0.0, batch_size 16",
+        "lora rank 16, dropout 0.1, batch_size 16",
+        "lora rank 16, dropout 0.1, batch_size 8",
+        "lora rank 4",
+    ]
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:

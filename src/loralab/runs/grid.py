@@ -108,9 +108,11 @@ def grid_lines(runs: Sequence[Run]) -> str:
             f"every run of the grid diverged; {best.folder.name}: {best.manifest['cause']}",
             "lower the learning rates, in another --output.",
         )
+    finished = [run.folder for run in runs if run.finished]
+    told = [best.folder.parent] if len(finished) == len(runs) else finished
     return (
         f"Best by validation: {best.artifact}\n{best.folder / 'report.html'}\n"
-        f"Next: loralab lint {' '.join(quote(str(run.folder)) for run in runs if run.finished)}"
+        f"Next: loralab lint {' '.join(quote(str(folder)) for folder in told)}"
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -140,7 +140,7 @@ def of_runs(runs: Sequence[Run]) -> Experiment:
         groups.setdefault(_settings_key(run), []).append(run)
     shared = set.intersection(*({_seed(run) for run in group} for group in groups.values()))
     arms = [_arm_of_runs(group, shared) for group in groups.values()]
-    arms = _with_names(arms)
+    arms = _with_names(arms, [_settings(group[0]) for group in groups.values()])
     ranked = sorted((a for a in arms if a.accuracy is not None), key=lambda a: -(a.accuracy or 0))
     claims = []
     if len(ranked) > 1:
@@ -157,12 +157,16 @@ def of_runs(runs: Sequence[Run]) -> Experiment:
     )
 
 
-def _settings_key(run: Run) -> str:
-    tables = run.config.model_dump()
+def _settings(run: Run) -> dict[str, Any]:
+    """Setting -> value, of all that makes runs different arms."""
+    tables = run.config.model_dump(exclude={"compare"})
     for key in ("seed", "learning_rate", "head_learning_rate", "threads", "device"):
         tables["training"].pop(key)
-    tables.pop("compare")
-    return json.dumps(tables, sort_keys=True, default=str)
+    return {f"{table}.{key}": value for table in tables for key, value in tables[table].items()}
+
+
+def _settings_key(run: Run) -> str:
+    return json.dumps(_settings(run), sort_keys=True, default=str)
 
 
 def _arm_of_runs(runs: Sequence[Run], shared_seeds: set[int]) -> Arm:
@@ -196,14 +200,14 @@ def _arm_of_runs(runs: Sequence[Run], shared_seeds: set[int]) -> Arm:
     )
 
 
-def _with_names(arms: Sequence[Arm]) -> list[Arm]:
-    """Arms whose methods are the same get a number."""
-    counts = Counter(arm.name for arm in arms)
-    named, seen = [], Counter()
-    for arm in arms:
-        seen[arm.name] += 1
-        name = arm.name if counts[arm.name] == 1 else f"{arm.name} {seen[arm.name]}"
-        named.append(arm.model_copy(update={"name": name}))
+def _with_names(arms: Sequence[Arm], settings: Sequence[Mapping[str, Any]]) -> list[Arm]:
+    """Arms whose methods are the same also get the settings that they differ in."""
+    named = []
+    for arm, own in zip(arms, settings, strict=True):
+        others = [o for a, o in zip(arms, settings, strict=True) if a.name == arm.name]
+        differ = [key for key in own if any(other[key] != own[key] for other in others)]
+        told = [f"{key.partition('.')[2]} {own[key]}" for key in differ]
+        named.append(arm.model_copy(update={"name": ", ".join([arm.name, *told])}))
     return named
 
 
