@@ -11,6 +11,7 @@ from loralab.evidence import (
     capacity,
     capacity_sentences,
     forgetting_curve,
+    forgetting_verdict,
     label_bits,
     last_holding,
     loss_of,
@@ -109,6 +110,24 @@ def test_the_dial_takes_the_largest_gain_among_what_holds() -> None:
     assert found[0]["gain"]["mean"] == pytest.approx(0.2)
     none = forgetting_curve(scores(task), scores(keep), points[1:2], 0.02)
     assert not none[0]["chosen"]
+
+
+def test_text_that_the_adapter_is_better_at_is_not_called_forgotten() -> None:
+    chance = np.random.default_rng(7)
+    task, keep = chance.random(80), chance.random(80)
+
+    def verdict(forgotten: float) -> str:
+        noise = chance.normal(0, 0.001, 80)
+        point = DialPoint("scale", 1.0, scores(task - 0.2), scores(keep + forgotten + noise))
+        half = DialPoint("scale", 0.5, scores(task - 0.1), scores(keep + forgotten / 2 + noise))
+        points = forgetting_curve(scores(task), scores(keep), [half, point], 0.06)
+        chosen = next(p for p in points if p["chosen"])
+        told = {"points": points, "chosen": {**chosen, "confirm": points[0]}, "budget": 0.06}
+        return forgetting_verdict({**told, "unit": "nats a row", "keep": "general.txt"})
+
+    assert "on its task and wins 0.05 (0.05 to 0.05) nats a token" in verdict(-0.05)
+    assert "on its task and forgets 0.1 (0.1 to 0.1) nats a token" in verdict(0.1)
+    assert "Scaled by 0.5 it forgets at most 0.05 (budget 0.06); on fresh rows it" in verdict(0.1)
 
 
 def test_capacity_by_hand() -> None:

@@ -24,6 +24,9 @@ RUNS: list[dict[str, Any]] = [
 ]
 
 
+BLOCKS = {name: {"num_hidden_layers": 2} for name in ("llama", "bert")} | {"gpt2": {"n_layer": 2}}
+
+
 def configs_of(path: str, **changes: Any) -> list[RunConfig]:
     return [settings(path, **(own | changes)) for own in RUNS]
 
@@ -49,7 +52,7 @@ def measured(configs: list[RunConfig]) -> int:
     ],
 )
 def test_what_a_real_pass_takes(config_file, family, changes) -> None:
-    configs = configs_of(config_file(family), **changes)
+    configs = configs_of(config_file(family, **BLOCKS[family]), **changes)
     plan = plan_pass(configs, CPU)
     assert plan.num_runs == 3 and not plan.estimated
     assert plan.peak_bytes == pytest.approx(measured(configs), rel=0.01, abs=64 * 1024)
@@ -57,7 +60,7 @@ def test_what_a_real_pass_takes(config_file, family, changes) -> None:
 
 
 def test_few_blocks_tell_of_many(config_file) -> None:
-    configs = configs_of(config_file("llama", num_hidden_layers=11))
+    configs = configs_of(config_file("llama", num_hidden_layers=8))[:2]
     assert plan_pass(configs, CPU).peak_bytes == pytest.approx(measured(configs), rel=0.01)
 
 
@@ -72,12 +75,12 @@ def test_a_pass_shares_the_base_and_adds_up_the_activations(config_file) -> None
 
 
 def test_how_many_fit_and_what_would_help(config_file) -> None:
-    config = settings(config_file("llama", num_hidden_layers=2), data__max_tokens=200)
-    configs = [config] * 4
-    rows = [rows_for(config)] * 4
-    three, four = (plan_pass(configs[:count], CPU).needed_bytes for count in (3, 4))
-    room = replace(CPU, capacity_bytes=(three + four) // 2)
-    assert most_runs(configs, room, rows) == 3
+    config = settings(config_file("llama", num_hidden_layers=1), data__max_tokens=200)
+    configs = [config] * 3
+    rows = [rows_for(config)] * 3
+    two, three = (plan_pass(configs[:count], CPU).needed_bytes for count in (2, 3))
+    room = replace(CPU, capacity_bytes=(two + three) // 2)
+    assert most_runs(configs, room, rows) == 2
     plan = plan_pass(configs, room, rows)
     assert not plan.fits
     found = {lever.settings: lever for lever in pass_levers(configs, plan, rows)}
@@ -92,7 +95,8 @@ def test_how_many_fit_and_what_would_help(config_file) -> None:
 
 
 def test_a_pass_for_a_gpu_is_planned_without_one(config_file) -> None:
-    configs = configs_of(config_file("llama"), model__dtype="bfloat16", model__task="causal")
+    path = config_file("llama", **BLOCKS["llama"])
+    configs = configs_of(path, model__dtype="bfloat16", model__task="causal")
     plan = plan_pass(configs, find_device("h100"))
     assert plan.fits and not plan.estimated
     assert plan.peak_bytes > plan_pass(configs[:1], find_device("h100")).peak_bytes

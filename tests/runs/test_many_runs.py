@@ -22,6 +22,13 @@ DIFFERENT = [
 ]
 
 
+@pytest.fixture
+def settings(settings):
+    """Few rows: a pass of a dozen steps."""
+    few = {"data__train_rows": 96, "data__validation_rows": 40, "data__test_rows": 40}
+    return lambda **changes: settings(**(few | changes))
+
+
 def files_of(folder) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
@@ -97,12 +104,12 @@ def test_a_pass_is_planned_and_measured(settings, tmp_path) -> None:
 
 
 def test_a_pass_that_cannot_fit_stops_with_what_would_help(settings, tmp_path, monkeypatch) -> None:
-    configs = [settings(training__memory_plan="stop", training__seed=seed) for seed in range(4)]
-    folders = [tmp_path / str(number) for number in range(4)]
+    configs = [settings(training__memory_plan="stop", training__seed=seed) for seed in range(2)]
+    folders = [tmp_path / str(number) for number in range(2)]
     monkeypatch.setattr(devices, "_main_memory", lambda: 1_200_000)
-    with pytest.raises(PlanError, match="a step of 4 runs needs") as caught:
+    with pytest.raises(PlanError, match="a step of 2 runs needs") as caught:
         train_many(configs, folders)
-    assert "at most 1 of the 4 runs in one pass" in caught.value.next_step
+    assert "at most 1 of the 2 runs in one pass" in caught.value.next_step
     assert 'training.memory_plan="warn"' in caught.value.next_step
     assert not any(tmp_path.iterdir())
     told: list[object] = []

@@ -101,8 +101,8 @@ def forgetting_verdict(document: Mapping[str, Any]) -> str:
     lost, gain = whole["forgotten"], whole["gain"]
     unit = document["unit"]
     told = (
-        f"As trained the adapter gains {_interval(gain)} {unit} on its task and forgets"
-        f" {_interval(lost)} nats a token of {document['keep']}"
+        f"As trained the adapter gains {_interval(gain)} {unit} on its task and"
+        f" {_change(lost)} nats a token of {document['keep']}"
     )
     chosen, budget = document["chosen"], f"{document['budget']:g}"
     if chosen is None:
@@ -115,11 +115,20 @@ def forgetting_verdict(document: Mapping[str, Any]) -> str:
         else f"Capped at {chosen['value']:g} times the intruders' onset"
     )
     fresh = chosen["confirm"]
+    upper = chosen["forgotten"]["upper"]
+    bound = f"wins at least {_number(-upper)}" if upper < 0 else f"forgets at most {_number(upper)}"
     return (
-        f"{told}. {name} it forgets at most {_number(chosen['forgotten']['upper'])} (budget"
-        f" {budget}); on fresh rows it forgets {_interval(fresh['forgotten'])} and gains"
-        f" {_interval(fresh['gain'])}."
+        f"{told}. {name} it {bound} (budget {budget}); on fresh rows it"
+        f" {_change(fresh['forgotten'])} and gains {_interval(fresh['gain'])}."
     )
+
+
+def _change(forgotten: Mapping[str, float | None]) -> str:
+    """What is forgotten, or won where that is below zero: the text is nearer to the task's."""
+    mean, low, high = forgotten["mean"], forgotten["low"], forgotten["high"]
+    if mean is None or low is None or high is None or mean >= 0:
+        return f"forgets {_interval(forgotten)}"
+    return f"wins {_interval({'mean': -mean, 'low': -high, 'high': -low})}"
 
 
 def _interval(found: Mapping[str, float | None]) -> str:
