@@ -4,7 +4,7 @@
 figures, seconds, where the grid lies, and what a training step costs: full fine-tuning's, ours and
 PEFT's in turns, at the recipe's settings.
 
-Meaning of the figures of a step (the UNet's, and its convolutions' alone, each on its own input):
+Meaning of the figures of a step (the UNet's, and of convolutions alone):
 rho: multiplications of the pairs over those of the layers that have one, in a forward pass.
 floor: (2 + 3 rho) / 3, LoRA's share of full fine-tuning's matrix work.
 ours_over_full, peft_over_full: of medians. over_floor: ours_over_full / floor.
@@ -108,7 +108,8 @@ def step(threads: int, repeats: int) -> dict[str, Any]:
         "ours": repeatable_step(ours, rows),
         "peft": _peft_step(config, rows),
     }
-    return _compared(_in_turns(steps, repeats), _calls(config)) | {"rows": len(rows)}
+    compared = _compared(_in_turns(steps, repeats), _calls(config), config.method.rank)
+    return compared | {"rows": len(rows)}
 
 
 Call = tuple[nn.Module, Tensor, Tensor]  # a layer with its input and its output
@@ -129,11 +130,11 @@ def _calls(config: RunConfig) -> dict[str, Call]:
     return calls
 
 
-def _compared(seconds: dict[str, float], calls: dict[str, Call]) -> dict[str, Any]:
+def _compared(seconds: dict[str, float], calls: dict[str, Call], rank: int) -> dict[str, Any]:
     work = pairs = 0
     for module, _, y in calls.values():
         weight: Any = module.weight
-        places, rank = y.numel() // len(weight), load_config("digits-styles").method.rank
+        places = y.numel() // len(weight)
         work += places * weight.numel()
         pairs += places * rank * (weight[0].numel() + len(weight))
     floor = (2 + 3 * pairs / work) / 3
@@ -147,17 +148,30 @@ def _compared(seconds: dict[str, float], calls: dict[str, Call]) -> dict[str, An
     }
 
 
+SIZES = ((32, 32, 16), (32, 64, 16), (32, 128, 8), (8, 128, 32), (4, 320, 32))
+"""Of single 3 x 3 convolutions: rows, channels, height and width of an image."""
+
+
 def convolutions(repeats: int) -> dict[str, Any]:
-    """Forward and backward of the UNet's convolutions alone, the three kinds in turns."""
+    """Forward and backward of convolutions alone, the three kinds in turns: the UNet's, and of
+    other sizes."""
+    config = load_config("digits-styles")
+    convs = {n: call for n, call in _calls(config).items() if isinstance(call[0], nn.Conv2d)}
+    found = {"of the UNet": _walked({n.replace(".", "_"): c for n, c in convs.items()}, repeats)}
+    for rows, channels, side in SIZES:
+        x = torch.randn(rows, channels, side, side)
+        layer = nn.Conv2d(channels, channels, 3, padding=1)
+        own = _walked({"layer": (layer, x, layer(x).detach())}, max(5, repeats // 4))
+        found[f"{rows} rows, {channels} channels, {side} x {side}"] = own
+    return found
+
+
+def _walked(calls: dict[str, Call], repeats: int) -> dict[str, Any]:
+    """What the layers cost, each on its own input."""
     import peft
 
-    config = load_config("digits-styles")
-    rank, alpha = config.method.rank, config.method.alpha
-    calls = {
-        name.replace(".", "_"): call
-        for name, call in _calls(config).items()
-        if isinstance(call[0], nn.Conv2d)
-    }
+    method = load_config("digits-styles").method
+    rank, alpha = method.rank, method.alpha
     inputs = {  # the first layer's input needs no gradient
         name: (x.clone().requires_grad_(name != "conv_in"), torch.randn_like(y))
         for name, (_, x, y) in calls.items()
@@ -187,7 +201,7 @@ def convolutions(repeats: int) -> dict[str, Any]:
         "ours": walk_ours,
         "peft": lambda: walk(theirs.base_model.model),
     }
-    return _compared(_in_turns(kinds, repeats), calls)
+    return _compared(_in_turns(kinds, repeats), calls, rank)
 
 
 def _trainable(config: RunConfig, method: MethodSection) -> Trainable:

@@ -23,7 +23,7 @@ class Precision:
     bfloat16_speedup: float
 
     def __str__(self) -> str:
-        return f"{self.dtype}: bfloat16 is {self.bfloat16_speedup:.1f} times as fast as float32"
+        return f"{self.dtype}: bfloat16 is {self.bfloat16_speedup:.2g} times as fast as float32"
 
 
 @functools.cache

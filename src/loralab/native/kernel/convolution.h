@@ -63,19 +63,20 @@ inline void clear(float* to, int64_t count) {
   for (int64_t i = 0; i < count; i += WIDTH) store(to + i, Vector{});
 }
 
-// A row of the input between zeros. Whole vectors are written, beyond the row's end too, over what the
-// next row writes; nothing is read beyond the row.
-inline void pad_row(const float* line, int64_t width, int64_t before, int64_t pitch, float* to) {
+// A row of the input between zeros. Whole vectors are read where the input goes on that far, and written
+// beyond the row's end, over what the next row writes.
+inline void pad_row(const float* line, const float* end, int64_t width, int64_t before, int64_t pitch, float* to) {
   clear(to, before);
-  const int64_t whole = width / WIDTH * WIDTH;
-  for (int64_t x = 0; x < whole; x += WIDTH) store(to + before + x, load(line + x));
-  for (int64_t x = whole; x < width; ++x) to[before + x] = line[x];
+  int64_t x = 0;
+  for (; x < width && line + x + WIDTH <= end; x += WIDTH) store(to + before + x, load(line + x));
+  for (; x < width; ++x) to[before + x] = line[x];
   clear(to + before + width, pitch - before - width);
 }
 
 // The band's input of some channels with zeros around: (channels, images, rows, padded width).
 inline void pad(const Convolution& c, const Band& band, int64_t from, int64_t until, float* to) {
   const int64_t pitch = padded_width(c), size = c.height * c.width;
+  const float* end = c.x + c.batch * c.channels * size;
   const int64_t above = std::clamp<int64_t>(-band.first, 0, band.input_rows);
   const int64_t inside = std::clamp<int64_t>(c.height - band.first, above, band.input_rows) - above;
   const int64_t below = band.input_rows - above - inside;
@@ -85,7 +86,7 @@ inline void pad(const Convolution& c, const Band& band, int64_t from, int64_t un
       clear(to, above * pitch);
       to += above * pitch;
       for (int64_t row = 0; row < inside; ++row, line += c.width, to += pitch)
-        pad_row(line, c.width, c.padding_x, pitch, to);
+        pad_row(line, end, c.width, c.padding_x, pitch, to);
       clear(to, below * pitch);
       to += below * pitch;
     }
@@ -94,6 +95,7 @@ inline void pad(const Convolution& c, const Band& band, int64_t from, int64_t un
 // Rows of `length`, some way apart, one after another; each is written beyond its end, too.
 inline float* gather(const float* line, int64_t rows, int64_t apart, int64_t length, float* to) {
   if (length <= WIDTH) {
+#pragma GCC unroll 4
     for (int64_t row = 0; row < rows; ++row, line += apart, to += length) store(to, load(line));
     return to;
   }
