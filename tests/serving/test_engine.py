@@ -299,6 +299,23 @@ def test_a_flood_does_not_starve_another_tenant(hosting):
     assert all(len(one.tokens) == 4 for one in flood)
 
 
+def test_a_newcomer_waits_for_nobodys_answer(hosting):
+    runner = PlainRunner(hosting, num_slots=4, max_tokens=128)
+    engine = Engine(runner, TOKENIZER, spare_slots=1)
+    flood = [
+        ask(engine, "a" * n, "two", tenant="a", max_tokens=50, ignore_eos=True) for n in range(1, 9)
+    ]
+    engine.step()
+    assert engine.stats()["tenants"]["a"]["running"] == 3
+    newcomers = [ask(engine, "b", tenant=name, max_tokens=2, ignore_eos=True) for name in "bc"]
+    for _ in range(4):
+        engine.step()
+    assert all(one.reason == "length" for one in newcomers)
+    assert not any(one.reason for one in flood)
+    finish(engine)
+    assert all(len(one.tokens) == 50 for one in flood)
+
+
 def test_a_long_prompt_does_not_hold_up_the_others(engine):
     writing = ask(engine, "a", max_tokens=60, ignore_eos=True)
     engine.step()

@@ -50,21 +50,29 @@ class Batch:
         tokenizer: PreTrainedTokenizerBase,
         *,
         prefill_tokens: int,
+        spare_slots: int,
         end_ids: frozenset[int],
         merging: MergedMode | None,
         charge: Charge,
     ) -> None:
         self.runner, self.tokenizer = runner, tokenizer
         self.prefill_tokens, self.end_ids = prefill_tokens, end_ids
+        self.spare_slots = spare_slots
         self.merging = merging
         self.charge = charge
         self.answers: list[Answer] = []
         self.slots = Slots(runner.num_slots)
         self.counts: Counter[str] = Counter()
 
-    def need_not_wait(self, ticket: Ticket) -> bool:
-        """False where another request is about to hold a long beginning of its prompt."""
+    def may_begin(self, ticket: Ticket) -> bool:
+        """False where another request is about to hold a long beginning of its prompt, and where
+        only spare slots are free while its tenant has answers in work: those are for newcomers, who
+        would wait for the end of somebody's answer otherwise."""
         request = ticket.request
+        if self.slots.num_free <= self.spare_slots and any(
+            answer.ticket.request.tenant == request.tenant for answer in self.answers
+        ):
+            return False
         return not self.slots.should_wait(request.prompt_ids, self._identity(request))
 
     def begin(self, ticket: Ticket) -> bool:

@@ -38,6 +38,7 @@ class Engine:
     encoder: what classifies and embeds; None where requests for that are refused.
     max_waiting: places in the queue (`FairQueue` says how tenants share them).
     prefill_tokens: tokens of prompts read in one step, so that answers being written do not stall.
+    spare_slots: so many of the runner's slots are for tenants that have no answer in work.
     eos_ids: tokens that end an answer (None: the tokenizer's; `end_tokens` knows the model's too).
     merging: merges an adapter that is alone for long into the weights; None never does.
     """
@@ -50,6 +51,7 @@ class Engine:
         encoder: Encoder | None = None,
         max_waiting: int = 256,
         prefill_tokens: int = 256,
+        spare_slots: int = 0,
         eos_ids: Iterable[int] | None = None,
         merging: MergedMode | None = None,
     ) -> None:
@@ -69,6 +71,7 @@ class Engine:
                 runner,
                 tokenizer,
                 prefill_tokens=prefill_tokens,
+                spare_slots=spare_slots,
                 end_ids=self.eos_ids,
                 merging=merging,
                 charge=self._charge,
@@ -239,7 +242,7 @@ class Engine:
         batch = self._batch
         while batch is not None and batch.slots.num_free:
             with self._changed:
-                ticket = self._requests.pop(batch.need_not_wait)
+                ticket = self._requests.pop(batch.may_begin)
             if ticket is None:
                 return
             batch.begin(ticket)

@@ -1,6 +1,7 @@
 """A model, a folder of adapters and some settings, put together to a running service."""
 
 import logging
+import math
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ class ServeSettings:
     """What a server is told once, at its start.
 
     base: the name that requests call the base by.
+    max_batch_size: answers written at a time; a sixteenth more of adapters that had none yet.
     max_tokens: of a prompt and its answer together; None: the model's, at most 2048.
     weights: "int8": text is decoded with int8 copies of the base's weights, half the bytes; what
         that costs is measured and said at the start. Adapters stay as they are, apart from them.
@@ -130,16 +132,18 @@ def _engine(
 ) -> Engine:
     writes, is_exact = model.get_output_embeddings() is not None, settings.weights == "base"
     longest = _max_tokens(model, settings)
+    spare_slots = math.ceil(settings.max_batch_size / 16)
+    num_slots = settings.max_batch_size + spare_slots
     runner: Runner | None = None
     if writes:
 
         def plain() -> Runner:
-            return PlainRunner(model, num_slots=settings.max_batch_size, max_tokens=longest)
+            return PlainRunner(model, num_slots=num_slots, max_tokens=longest)
 
         runner = fast_runner(
             model,
             plain,
-            num_slots=settings.max_batch_size,
+            num_slots=num_slots,
             max_tokens=longest,
             precision=settings.weights,
         )
@@ -155,6 +159,7 @@ def _engine(
         tokenizer,
         encoder=ModelEncoder(model, max_tokens=longest),
         max_waiting=settings.limits.max_in_flight,
+        spare_slots=spare_slots,
         eos_ids=end_tokens(model, tokenizer),
         # merged weights would be rounded to whole numbers, and most of an adapter be lost in it
         merging=MergedMode(model) if writes and settings.merging and is_exact else None,
