@@ -93,6 +93,19 @@ def test_the_verbs(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "Your adapter" in page.read_text(encoding="utf-8")
 
 
+def test_no_file_but_a_page_is_replaced(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("kept")
+    for verb in (["inspect", str(lora)], ["explain"]):
+        assert main([*verb, "--output", str(recipe)]) == 2
+        assert "recipe.toml exists already and is no page" in capsys.readouterr().err
+    assert recipe.read_text() == "kept"
+    assert main(["inspect", str(tmp_path / "nothing")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
 def test_runs_are_linted_as_arms(lora: Path, full: Path) -> None:
     from loralab.evidence.linting import lint
 

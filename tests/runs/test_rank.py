@@ -233,5 +233,9 @@ def test_options_that_go_together_and_lists_that_are_none(
 ) -> None:
     assert main(["rank", str(run), "--ranks", "8,x"]) == 2
     assert "--ranks '8,x' is no list of numbers" in capsys.readouterr().err
-    assert main(["evaluate", str(run), "--base", "minilm"]) == 2
-    assert "--base and --output go with --forgetting" in capsys.readouterr().err
+    for option in (["--base", "minilm"], ["--budget", "0.1"]):
+        assert main(["evaluate", str(run), *option]) == 2
+        assert "--base, --budget and --output go with --forgetting" in capsys.readouterr().err
+    for option in (["--high", "8"], ["--rates", "1e-3"]):
+        assert main(["rank", str(run), *option]) == 2
+        assert "--high and --rates train a recipe" in capsys.readouterr().err

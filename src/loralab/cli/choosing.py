@@ -37,9 +37,7 @@ Number = TypeVar("Number", int, float)
 @click.option(
     "--high",
     type=click.IntRange(min=2),
-    default=64,
-    show_default=True,
-    help="The rank that a recipe is trained at.",
+    help="The rank that a recipe is trained at.  [default: 64]",
 )
 @click.option("--rates", help="Learning rates to choose from for a recipe, such as 3e-4,1e-3.")
 @click.option("--trained", help="Train at these ranks too and compare, such as 8,16,32,64.")
@@ -55,7 +53,7 @@ def rank(
     tolerance: float,
     rule: Literal["uniform", "global"],
     ranks: str | None,
-    high: int,
+    high: int | None,
     rates: str | None,
     trained: str | None,
     refine: int,
@@ -81,9 +79,11 @@ def rank(
     if advice:
         _advise(source, overrides, console)
         return
+    if (high is not None or rates) and Path(source).is_dir():
+        raise click.UsageError(f"--high and --rates train a recipe; {source} is trained already")
     tried = _numbers(ranks, "--ranks", int)
 
-    from loralab.runs.rank import RANKS, rank as choose_rank
+    from loralab.runs.rank import HIGH_RANK, RANKS, rank as choose_rank
     from loralab.runs.tables import rank_table, trained_table
 
     document = choose_rank(
@@ -94,7 +94,7 @@ def rank(
         tolerance=tolerance,
         rule=rule,
         ranks=tried or RANKS,
-        high=high,
+        high=high or HIGH_RANK,
         rates=_numbers(rates, "--rates", float),
         trained=_numbers(trained, "--trained", int),
         refine_steps=refine,

@@ -125,9 +125,7 @@ def _train_grid(
 @click.option(
     "--budget",
     type=float,
-    default=0.02,
-    show_default=True,
-    help="With --forgetting: nats a token that may be forgotten.",
+    help="With --forgetting: nats a token that may be forgotten.  [default: 0.02]",
 )
 @click.option("--base", help="With --forgetting: the base of an adapter that is no run.")
 @click.option(
@@ -141,7 +139,7 @@ def evaluate(
     data: str | None,
     split: str,
     forgetting: str | None,
-    budget: float,
+    budget: float | None,
     base: str | None,
     output: Path | None,
     as_json: bool,
@@ -163,8 +161,8 @@ def evaluate(
     if forgetting is not None:
         _evaluate_forgetting(run, forgetting, data, base, budget, output, console)
         return
-    if base is not None or output is not None:
-        raise click.UsageError("--base and --output go with --forgetting")
+    if (base, budget, output) != (None, None, None):
+        raise click.UsageError("--base, --budget and --output go with --forgetting")
     from loralab.runs.evaluate import evaluate as evaluate_run
     from loralab.runs.tables import evaluation_table
 
@@ -180,15 +178,21 @@ def _evaluate_forgetting(
     keep: str,
     data: str | None,
     base: str | None,
-    budget: float,
+    budget: float | None,
     output: Path | None,
     console: "Console",
 ) -> None:
-    from loralab.runs.forgetting import forgetting
+    from loralab.runs.forgetting import BUDGET, forgetting
     from loralab.runs.tables import forgetting_table
 
     document = forgetting(
-        source, keep, data=data, base=base, budget=budget, output=output, listen=console.listen
+        source,
+        keep,
+        data=data,
+        base=base,
+        budget=BUDGET if budget is None else budget,
+        output=output,
+        listen=console.listen,
     )
     if console.as_json:
         console.data(document)

@@ -5,6 +5,7 @@ from typing import Any
 
 from loralab.events import Listener, ignore
 from loralab.reports import write_explanation
+from loralab.runs.folder import refuse_other_file
 from loralab.runs.inspect import inspect
 
 
@@ -16,6 +17,7 @@ def explain(
     Raises `AdapterError` or `ConfigError` for a source that is no adapter, `OutputError` for a
     place that cannot be written.
     """
+    refuse_other_file(Path(output))
     xray = None if source is None else inspect(source, listen=listen)
     write_explanation(output, xray=xray)
     return {"page": str(output), "adapter": None if source is None else str(source)}

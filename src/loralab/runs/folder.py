@@ -158,6 +158,14 @@ def refuse_existing(folder: Path) -> None:
         raise OutputError(f"{folder} exists already", "choose another --output, or remove it.")
 
 
+def refuse_other_file(page: Path) -> None:
+    """Raise `OutputError` where an HTML page would replace what is none."""
+    if page.exists() and not (page.is_file() and page.suffix.lower() in (".html", ".htm")):
+        raise OutputError(
+            f"{page} exists already and is no page", "name a file that ends in .html as --output."
+        )
+
+
 def open_run(folder: str | Path) -> Run:
     """The run in `folder`. Raises `RunError` where it is none."""
     folder = Path(folder)

@@ -14,7 +14,7 @@ from loralab.imaging import DIGITS_BASE, digits_base
 from loralab.models import StoredWeights
 from loralab.reports import write_xray_report
 from loralab.runs.activations import activation_dimensions
-from loralab.runs.folder import MANIFEST, Run, open_run, refuse_existing
+from loralab.runs.folder import MANIFEST, Run, open_run, refuse_existing, refuse_other_file
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -125,7 +125,11 @@ def _check_options(
 ) -> None:
     faults = []
     if subject.adapter is None and base is None and subject.base is None:
-        faults.append(f"{subject.name} is a whole checkpoint, and --base is missing")
+        faults.append(
+            f"{subject.name} is a whole checkpoint, and --base is missing"
+            if Path(subject.folder).exists()
+            else f"there is no folder {subject.name}, and as a model's name it needs --base"
+        )
     if subject.adapter is None and against:
         faults.append("--against compares adapters; extract one first (--extract RANK)")
     if subject.adapter is not None and extract is not None:
@@ -138,8 +142,10 @@ def _check_options(
         raise ConfigError(
             "; ".join(faults), "name the model it was tuned from: --base smollm2, or its folder."
         )
-    if extract is not None and output is not None:
+    if output is not None and extract is not None:
         refuse_existing(Path(output))
+    elif output is not None:
+        refuse_other_file(Path(output))
 
 
 def _look(
