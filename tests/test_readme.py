@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from loralab.cli import main
-from loralab.imaging import base
+from loralab.imaging import BaseRecipe
+from loralab.runs.images import digits
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,8 +55,8 @@ def test_the_readme_has_the_commands_this_test_runs():
 @pytest.fixture
 def tiny_digits_base(tmp_path, monkeypatch):
     """The base that draws digits, made in a second instead of minutes, outside of the cache."""
-    tiny = base.BaseRecipe(channels=(16, 16), num_steps=2, batch_size=4)
-    monkeypatch.setattr(base, "BaseRecipe", lambda: tiny)
+    tiny = BaseRecipe(channels=(16, 16), num_steps=2, batch_size=4)
+    monkeypatch.setattr(digits, "BaseRecipe", lambda: tiny)
     monkeypatch.setattr(type(tiny), "folder", lambda _: tmp_path / "digits-diffusion")
 
 
