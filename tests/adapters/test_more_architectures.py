@@ -263,6 +263,16 @@ def test_both_ways(name: str, setting: str, tmp_path: Path) -> None:
     close(logits(merged(**batch)), expected)
 
 
+def test_what_no_file_holds_stays_the_models(tmp_path: Path) -> None:
+    base, batch = build("gemma2"), inputs("gemma2")  # its embedding has a factor, a buffer
+    told: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    theirs = peft_writes(base, tmp_path / "theirs", **told)
+    model = copy.deepcopy(base)
+    load_adapter(model, tmp_path / "theirs")
+    with use(model, "default"):
+        close(logits(model(**batch)), logits(peft_runs(theirs, **batch)))
+
+
 def test_a_layer_of_two_names_is_not_for_peft(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = Shared(aliased=True).eval()

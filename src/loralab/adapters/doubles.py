@@ -24,6 +24,15 @@ def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def unsaved_names(module: nn.Module) -> set[str]:
+    """Names among `plain_tensors` that no file of the module holds: its non-persistent buffers."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, inner in walk(module)
+        for name in inner._non_persistent_buffers_set
+    }
+
+
 def double(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A shallow double, without adapters, that computes with these tensors."""
     made = copy.copy(module)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from loralab.adapters import layers
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.convolutions import shape_of_delta
-from loralab.adapters.doubles import plain_tensors
+from loralab.adapters.doubles import plain_tensors, unsaved_names
 from loralab.adapters.heads import Head
 from loralab.adapters.installing import bias_of
 from loralab.adapters.peft_limits import apart_at, other_names
@@ -136,7 +136,9 @@ def _faults_of_whole(adapter: Adapter, modules: Modules, head: Head | None) -> l
             must, may = head.shapes(modules[path], given)
         else:
             tensors = plain_tensors(modules[path])
-            must, may = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, {}
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            may = {name: shapes.pop(name) for name in unsaved_names(modules[path]) & shapes.keys()}
+            must = shapes
         own = must | may
         faults += [f"{path}.{n}: missing from the adapter" for n in must.keys() - given.keys()]
         faults += [f"{path}.{n}: the model has no such tensor" for n in given.keys() - own.keys()]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attaching import check_name
+from loralab.adapters.doubles import unsaved_names
 from loralab.adapters.extracting import extract
 from loralab.adapters.fingerprint import check_fingerprint, fingerprint
 from loralab.adapters.fitting import biases_of, misfits, tensors_of_module
@@ -148,14 +149,15 @@ def _device(module: nn.Module) -> torch.device:
 def _filled(module: nn.Module, path: str, adapter: Adapter, copy: bool) -> nn.Module:
     """An adapter's copy of the module with its tensors in it, which may be of other sizes (`Head`).
 
-    A bias that the adapter has not is zero, one that the module has not is its own.
+    A bias that the adapter has not is zero, one that the module has not is its own. What no file
+    holds stays as it is (the factor of Gemma's embeddings).
     """
     copied = plain_copy(module)
-    given = tensors_of_module(adapter, path)
+    given, unsaved = tensors_of_module(adapter, path), unsaved_names(copied)
     for name, tensor in plain_tensors(copied).items():
         if name in given:
             tensor.data = given.pop(name).to(device=tensor.device, copy=copy)
-        else:
+        elif name not in unsaved:
             weight = adapter.extra[f"{path}.{name.removesuffix('bias')}weight"]
             tensor.data = tensor.new_zeros(weight.shape[0])
     for name, bias in given.items():
