@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loralab.config import parse_config
+from loralab.errors import ConfigError
 from loralab.runs.evaluate import evaluate
 from loralab.runs.generate import generate
 from loralab.runs.train import train
@@ -73,3 +74,14 @@ def test_a_causal_run_learns_completions_and_says_so(run):
     mean_nll = sum(row["nll"] for row in rows) / sum(row["target_tokens"] for row in rows)
     assert document["metrics"]["perplexity"]["mean"] == pytest.approx(math.exp(mean_nll))
     assert generate(run, "please say now two ", max_tokens=1)["text"].strip() == "due"
+
+
+def test_an_adapter_without_its_run_answers_as_the_run_does(run, tmp_path):
+    prompt = "please say now two "
+    wanted = generate(run, prompt, max_tokens=3)["text"]
+    adapter = run.folder / "adapter"  # which keeps quiet about a base in a folder
+    with pytest.raises(ConfigError, match="does not name its base"):
+        generate(adapter, prompt)
+    assert generate(adapter, prompt, base=str(tmp_path / "m"), max_tokens=3)["text"] == wanted
+    with pytest.raises(ConfigError, match="has its base already"):
+        generate(run, prompt, base=str(tmp_path / "m"))

@@ -205,8 +205,9 @@ def _evaluate_forgetting(
 
 
 @app.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", metavar="RUN|ADAPTER", type=click.Path(path_type=Path))
 @click.argument("prompt")
+@click.option("--base", help="Of an adapter: its base, where its file names none, or another.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -219,6 +220,7 @@ def _evaluate_forgetting(
 def generate(
     run: Path,
     prompt: str,
+    base: str | None,
     max_tokens: int,
     temperature: float,
     seed: int,
@@ -232,9 +234,12 @@ def generate(
     Examples:
       loralab generate runs/chat "Write a haiku about rank."
       loralab generate runs/rank-8 "A gripping film from start to end."
+      loralab generate made/elsewhere "A gripping film" --base smollm2
       loralab generate runs/styles "3:bold 3:chalk 3 3:bold=0.5,chalk=0.5" --image threes.png
     """
     console = console_for(as_json, quiet)
+    if image is not None and base is not None:
+        raise click.UsageError("--base is for adapters of language models, --image for images")
     if image is not None:
         from loralab.runs.images import generate_images
 
@@ -249,6 +254,7 @@ def generate(
     answer = generate_from(
         run,
         prompt,
+        base=base,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,

@@ -1,59 +1,126 @@
 """`loralab generate`: try a trained model on one prompt."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from loralab.adapters import use
+from loralab.adapters import install, read_adapter, use
+from loralab.config import DataSection, Task
 from loralab.data import Example, encode
-from loralab.errors import DataError
+from loralab.errors import ConfigError, DataError
 from loralab.events import Listener, Phase, ignore
-from loralab.models import load_tokenizer
-from loralab.runs.evaluate import trained_model
+from loralab.measuring import check_probes
+from loralab.models import load_model, load_tokenizer
+from loralab.runs.evaluate import CHECKED_PROBES, trained_model
 from loralab.runs.folder import Run, open_run
-from loralab.training import predict
+from loralab.runs.subject import task_of
+from loralab.training import ADAPTER_NAME, choose_device, predict
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What is asked: a model under its adapter, and how prompts are put to it."""
+
+    source: str
+    base: str
+    model: nn.Module
+    route: str | None
+    task: Task
+    label_names: tuple[str, ...]
+    max_tokens: int  # of a text to classify
+    is_chat: bool
 
 
 def generate(
-    run: Run | str | Path,
+    source: Run | str | Path,
     prompt: str,
     *,
+    base: str | None = None,
     max_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
     listen: Listener = ignore,
 ) -> dict[str, Any]:
-    """Continue `prompt` with a finished run's language model, or classify it with its classifier.
+    """Continue `prompt` with a language model, or classify it with a classifier.
 
-    Returns a dict with `text`, and `tokens` or `probabilities` by label name. A base with a chat
-    template is prompted through it when the run was trained on messages.
-    Raises `RunError` where the run is not finished, `DataError` for an empty prompt.
+    source: a finished run, or the folder of an adapter; `base` is its base where its file names
+    none, or another. Returns a dict with `text`, and `tokens` or `probabilities` by label name. A
+    base with a chat template is prompted through it when the run was trained on messages.
+
+    Raises `RunError` where the run is not finished, `AdapterError` where an adapter does not fit,
+    `ConfigError` where its base is not known, `DataError` for an empty prompt.
     """
-    run = run if isinstance(run, Run) else open_run(run)
     if not prompt.strip():
         raise DataError("the prompt is empty", "give some text.")
     listen(Phase("loading the model", None, "files"))
+    if not isinstance(source, Run) and (Path(source) / ADAPTER_CONFIG).is_file():
+        trained = _of_adapter(Path(source), base)
+    else:
+        trained = _of_run(source if isinstance(source, Run) else open_run(source), base)
+    if trained.task == "classification":
+        return _classify(trained, prompt)
+    return _continue(trained, prompt, max_tokens, temperature, seed)
+
+
+def _of_run(run: Run, base: str | None) -> _Trained:
+    if base is not None:
+        raise ConfigError(
+            f"{run.folder} is a run, which has its base already",
+            f"leave out --base, or give {run.folder}/adapter.",
+        )
     model, route = trained_model(run)
-    if run.config.model.task == "classification":
-        return _classify(run, model, route, prompt)
-    return _continue(run, model, route, prompt, max_tokens, temperature, seed)
-
-
-def _classify(run: Run, model: nn.Module, route: str | None, prompt: str) -> dict[str, Any]:
-    tokenizer = load_tokenizer(run.config.model.name)
-    example = Example(id="prompt", group="prompt", text=prompt, label=0)
-    rows = encode(
-        [example], tokenizer, task="classification", max_tokens=run.config.data.max_tokens
+    return _Trained(
+        source=str(run.folder),
+        base=run.config.model.name,
+        model=model,
+        route=route,
+        task=run.config.model.text_task,
+        label_names=tuple(run.manifest["label_names"]),
+        max_tokens=run.config.data.max_tokens,
+        is_chat=run.manifest["data"].get("form") == "messages",
     )
-    [answer] = predict(model, rows, task="classification", route=route)
-    names = run.manifest["label_names"]
-    probabilities = dict(zip(names, answer.probabilities or (), strict=True))
+
+
+def _of_adapter(folder: Path, base: str | None) -> _Trained:
+    adapter = read_adapter(folder)
+    named = base or adapter.facts.get("base_model")
+    if named is None:
+        raise ConfigError(
+            f"the adapter's file in {folder} does not name its base",
+            "give it, for example --base smollm2.",
+        )
+    told = task_of(adapter)
+    model = cast(nn.Module, load_model(named, **told)).to(choose_device("auto")).eval()
+    install(model, adapter, ADAPTER_NAME)
+    if adapter.probes:
+        check_probes(model, adapter.probes[:CHECKED_PROBES], ADAPTER_NAME)
+    return _Trained(
+        source=str(folder),
+        base=named,
+        model=model,
+        route=ADAPTER_NAME,
+        task=told["task"],
+        label_names=tuple(str(label) for label in range(told.get("num_labels", 0))),
+        max_tokens=DataSection.model_fields["max_tokens"].default,
+        is_chat=False,
+    )
+
+
+def _classify(trained: _Trained, prompt: str) -> dict[str, Any]:
+    tokenizer = load_tokenizer(trained.base)
+    example = Example(id="prompt", group="prompt", text=prompt, label=0)
+    rows = encode([example], tokenizer, task="classification", max_tokens=trained.max_tokens)
+    [answer] = predict(trained.model, rows, task="classification", route=trained.route)
+    probabilities = dict(zip(trained.label_names, answer.probabilities or (), strict=True))
     best = max(probabilities, key=lambda name: probabilities[name])
     listed = ", ".join(f"{name} {share:.3f}" for name, share in probabilities.items())
     return {
-        "run": str(run.folder),
+        "run": trained.source,
         "prompt": prompt,
         "label": best,
         "probabilities": probabilities,
@@ -62,32 +129,26 @@ def _classify(run: Run, model: nn.Module, route: str | None, prompt: str) -> dic
 
 
 def _continue(
-    run: Run,
-    model: nn.Module,
-    route: str | None,
-    prompt: str,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
+    trained: _Trained, prompt: str, max_tokens: int, temperature: float, seed: int
 ) -> dict[str, Any]:
-    tokenizer = load_tokenizer(run.config.model.name)
+    tokenizer = load_tokenizer(trained.base)
     text = prompt
-    if run.manifest["data"].get("form") == "messages" and tokenizer.chat_template:
+    if trained.is_chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    device = next(model.parameters()).device
-    inputs = tokenizer(text, return_tensors="pt").to(device)
+    model: Any = trained.model  # every causal model generates
+    inputs = tokenizer(text, return_tensors="pt").to(next(model.parameters()).device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature}
-    with torch.random.fork_rng(), torch.inference_mode(), use(model, route):
+    with torch.random.fork_rng(), torch.inference_mode(), use(trained.model, trained.route):
         torch.manual_seed(seed)
-        produced = model.generate(  # type: ignore[operator]  (every causal model generates)
+        produced = model.generate(
             **inputs, max_new_tokens=max_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
         )
     new = produced[0, inputs["input_ids"].shape[1] :]
     return {
-        "run": str(run.folder),
+        "run": trained.source,
         "prompt": prompt,
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "tokens": len(new),
