@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import pytest
+
+from loralab.reports.cost_chart import cost_chart
 from loralab.reports.page import render_page
 from loralab.reports.rank import rank_page
 
@@ -61,3 +64,18 @@ def test_the_tolerance_is_a_line_in_the_chart() -> None:
     lost = Reader(render_page(rank_page(document()))).charts["lost"]
     marked = [layer["data"]["values"] for layer in lost["layer"] if "data" in layer]
     assert marked == [[{"level": 0.01, "label": "tolerance 0.01"}]] * 2
+
+
+@pytest.mark.parametrize("span", [6, 8, 30, 99, 101, 4096])
+@pytest.mark.parametrize("least", [3, 472_500, 7 * 2**30])
+def test_an_axis_of_sizes_has_several_of_them(least: int, span: int) -> None:
+    rows = [
+        {"method": "m", "cost": cost, "mean": 0.5, "low": 0.4, "high": 0.6}
+        for cost in (least, least * span)
+    ]
+    chart = cost_chart(
+        rows, [], cost_title="size", cost_kind="bytes", quality_title="accuracy",
+        quality_format=".1%", description="",
+    )  # fmt: skip
+    values = chart["layer"][0]["encoding"]["x"]["axis"].get("values")
+    assert values is None or sum(least <= value <= least * span for value in values) >= 2

@@ -104,12 +104,11 @@ def _binary_ticks(sizes: Sequence[int | float], logarithmic: bool) -> Spec:
     """Axis values at round binary sizes; nothing where Vega's own will do."""
     if not sizes or max(sizes) <= 0:
         return {}
-    units = (1, KIB, MIB, GIB)
+    steps = [m * unit for unit in (1, KIB, MIB, GIB) for m in (1, 2, 5, 10, 20, 50, 100, 200, 500)]
     if logarithmic:
-        decades = [decade * unit for unit in units for decade in (1, 10, 100)]
+        decades = steps if max(sizes) < 100 * min(sizes) else steps[::3]
         ticks = [tick for tick in decades if min(sizes) / 4 <= tick <= 4 * max(sizes)]
     else:
-        steps = [m * unit for unit in units for m in (1, 2, 5, 10, 20, 50, 100, 200, 500)]
         step = next((step for step in steps if max(sizes) / step < 3), steps[-1])
         ticks = [i * step for i in range(math.floor(max(sizes) / step) + 1)]
     return {"values": ticks} if len(ticks) > 1 else {}
