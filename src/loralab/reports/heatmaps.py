@@ -125,7 +125,12 @@ def spectrum_chart(rows: Sequence[Mapping[str, Any]], description: str) -> Spec:
 
 def dimension_chart(rows: Sequence[Mapping[str, Any]], description: str) -> Spec:
     """Intrinsic dimension with its interval against the layer (`layer`, `state`, `mean`...)."""
-    x = {"field": "layer", "type": "quantitative", "title": "layer", "axis": {"grid": False}}
+    x = {
+        "field": "layer",
+        "type": "quantitative",
+        "title": "layer",
+        "axis": {"grid": False, "tickMinStep": 1},
+    }
     y = {"type": "quantitative", "title": "intrinsic dimension", "axis": {"tickCount": 4}}
     colour = {
         "field": "state",
