@@ -25,6 +25,8 @@ from loralab.imaging import (
 )
 from loralab.imaging.judging import _frechet
 
+pytestmark = pytest.mark.xdist_group("judges")  # one worker makes what its tests share
+
 
 @pytest.fixture(scope="module")
 def digits() -> Digits:

@@ -46,6 +46,8 @@ from loralab.runs.plan import plan
 from loralab.runs.rank import rank
 from loralab.runs.train import resume, train
 
+pytestmark = pytest.mark.xdist_group("styles")  # one worker makes what its tests share
+
 WEIGHTS = "adapter_model.safetensors"
 NAMES = ["bold", "chalk"]
 

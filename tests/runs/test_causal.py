@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -14,17 +15,24 @@ from loralab.runs.evaluate import evaluate
 from loralab.runs.generate import generate
 from loralab.runs.train import train
 
+pytestmark = pytest.mark.xdist_group("causal run")  # one worker makes what its tests share
+
 ANSWERS = {"one": "uno", "two": "due", "three": "tre", "four": "quattro"}
 WORDS = ["<pad>", "<unk>", "<end>", *ANSWERS, *ANSWERS.values(), "say", "please", "now", "again"]
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("causal")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
     words = models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>")
     tokenizer = Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "m")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "m")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS),
@@ -37,7 +45,7 @@ def run(tmp_path):
         bos_token_id=None,
         max_position_embeddings=32,
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
+    LlamaForCausalLM(config).save_pretrained(folder / "m")
     fillers = ["say", "please", "now", "again"]
     rows = [
         {"prompt": f"{a} {b} {c} {word} ", "completion": answer}
@@ -46,11 +54,11 @@ def run(tmp_path):
         for c in fillers
         for word, answer in ANSWERS.items()
     ]
-    data = tmp_path / "rows.jsonl"
+    data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = parse_config(
         {
-            "model": {"name": str(tmp_path / "m"), "task": "causal"},
+            "model": {"name": str(folder / "m"), "task": "causal"},
             "data": {"train": str(data), "max_tokens": 16},
             "method": {"rank": 8, "alpha": 32.0},
             "training": {
@@ -62,7 +70,7 @@ def run(tmp_path):
             },
         }
     )
-    return train(settings, tmp_path / "run")
+    return train(settings, folder / "run")
 
 
 def test_a_causal_run_learns_completions_and_says_so(run):
@@ -76,12 +84,13 @@ def test_a_causal_run_learns_completions_and_says_so(run):
     assert generate(run, "please say now two ", max_tokens=1)["text"].strip() == "due"
 
 
-def test_an_adapter_without_its_run_answers_as_the_run_does(run, tmp_path):
+def test_an_adapter_without_its_run_answers_as_the_run_does(run, folder, tmp_path):
     prompt = "please say now two "
     wanted = generate(run, prompt, max_tokens=3)["text"]
-    adapter = run.folder / "adapter"  # which keeps quiet about a base in a folder
+    adapter = tmp_path / "adapter"  # whose file keeps quiet about a base in a folder
+    shutil.copytree(run.folder / "adapter", adapter)
     with pytest.raises(ConfigError, match="does not name its base"):
         generate(adapter, prompt)
-    assert generate(adapter, prompt, base=str(tmp_path / "m"), max_tokens=3)["text"] == wanted
+    assert generate(adapter, prompt, base=str(folder / "m"), max_tokens=3)["text"] == wanted
     with pytest.raises(ConfigError, match="has its base already"):
-        generate(run, prompt, base=str(tmp_path / "m"))
+        generate(run, prompt, base=str(folder / "m"))

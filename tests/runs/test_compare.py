@@ -11,6 +11,8 @@ from loralab.errors import ConfigError, OutputError
 from loralab.runs.compare import compare
 from loralab.runs.tables import comparison_table
 
+pytestmark = pytest.mark.xdist_group("comparison")  # one worker makes what its tests share
+
 METHOD_KEYS = {
     "method",
     "trainable_parameters",

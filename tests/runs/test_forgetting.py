@@ -18,6 +18,8 @@ from loralab.runs.advice import advice
 from loralab.runs.forgetting import forgetting
 from loralab.runs.train import train
 
+pytestmark = pytest.mark.xdist_group("forgetting")  # one worker makes what its tests share
+
 WORDS = [f"w{i}" for i in range(24)]
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
 

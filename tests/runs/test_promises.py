@@ -13,6 +13,8 @@ from loralab.runs.train import train
 from loralab.runs.workbench import base_model, open_workbench
 from loralab.training import prepare
 
+pytestmark = pytest.mark.xdist_group("promises")  # one worker makes what its tests share
+
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
