@@ -125,46 +125,59 @@ class ConvolutionStep(torch.autograd.Function):
         x, places, A, B = ctx.saved_tensors
         own, geometry = ctx.own, ctx.own.geometry
         wants_input = ctx.needs_input_grad[0]
-        if geometry.groups == 1 and _merges(own, x) and native.covers(x, A, B):
-            grads = _pair_gradients(x, g, own, A, B)
-            if not wants_input:
-                return None, None, None, *grads
-            kernel = native.merged(own.weight, A, B, own.scale)
-            grad_x, _ = _backward(g, x, kernel, geometry, wants_kernel=False)
-            return grad_x, None, None, *grads
-        mask = _mask(x, places, own)
-        dropped = x if mask is None else mask * x
-        shrinking, expanding = _shrinking(own, A, x.dtype), _expanding(own, B, x.dtype)
-        hidden = _convolve(dropped, shrinking, None, geometry)
-        grad_hidden, grad_B = _backward(g, hidden, expanding, geometry.pointwise)
-        grad_hidden.mul_(own.scale)
         merges = _merges(own, x)
-        grad_dropped, grad_A = _backward(
-            grad_hidden, dropped, shrinking, geometry, wants_input=wants_input and not merges
-        )
-        grad_A = grad_A.unflatten(0, (geometry.groups, -1)).sum(0)
-        grads = grad_A.view(A.shape).to(A.dtype), grad_B.view(B.shape).to(B.dtype).mul_(own.scale)
+        if merges and geometry.groups == 1 and native.covers(x, A, B):
+            through, grads = None, _by_kernel(x, g, own, A, B)
+        else:
+            mask, wants_pair = _mask(x, places, own), wants_input and not merges
+            through, grads = _pair_backward(x, g, own, A, B, mask, wants_input=wants_pair)
         if not wants_input:
             return None, None, None, *grads
         kernel = _merged(own, A, B) if merges else own.weight
         grad_x, _ = _backward(g, x, kernel, geometry, wants_kernel=False)
-        if grad_dropped is not None:
-            grad_x.add_(grad_dropped if mask is None else grad_dropped.mul_(mask))
+        if through is not None:
+            grad_x.add_(through)
         return grad_x, None, None, *grads
 
 
-def _pair_gradients(
+def _by_kernel(
     x: Tensor,
     g: Tensor,
     own: Convolution,
     A: Float[Tensor, "rank columns"],
     B: Float[Tensor, "out rank"],
 ) -> tuple[Tensor, Tensor]:
-    """Those of A and B by the kernel."""
+    """The gradients of A and B."""
     stride, padding, dilation, _ = own.geometry
     kernel = own.weight.shape[2:]
     walk = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
     return native.pair_gradients(x, g, A, B, scale=own.scale, **walk)
+
+
+def _pair_backward(
+    x: Tensor,
+    g: Tensor,
+    own: Convolution,
+    A: Float[Tensor, "rank columns"],
+    B: Float[Tensor, "out rank"],
+    mask: Tensor | None,
+    *,
+    wants_input: bool,
+) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+    """The gradient of the input through the pair, None where unwanted; those of A and B."""
+    geometry = own.geometry
+    dropped = x if mask is None else mask * x
+    shrinking, expanding = _shrinking(own, A, x.dtype), _expanding(own, B, x.dtype)
+    hidden = _convolve(dropped, shrinking, None, geometry)
+    grad_hidden, grad_B = _backward(g, hidden, expanding, geometry.pointwise)
+    through, grad_A = _backward(
+        grad_hidden.mul_(own.scale), dropped, shrinking, geometry, wants_input=wants_input
+    )
+    if through is not None and mask is not None:
+        through.mul_(mask)
+    grad_A = grad_A.unflatten(0, (geometry.groups, -1)).sum(0)
+    grads = grad_A.view(A.shape).to(A.dtype), grad_B.view(B.shape).to(B.dtype).mul_(own.scale)
+    return through, grads
 
 
 def _mask(x: Tensor, places: Places | None, own: Convolution) -> Tensor | None:

@@ -10,24 +10,24 @@ from torch import Tensor, nn
 from loralab.fusion.proof import agrees
 from loralab.native import training as native
 
+Rows = Float[Tensor, "rows width"]
+
 
 @runtime_checkable
 class Norm(Protocol):
     """A norm of rows, forward and backward."""
 
-    def forward(
-        self, x: Float[Tensor, "rows width"]
-    ) -> tuple[Float[Tensor, "rows width"], Tensor | None]:
+    def forward(self, x: Rows) -> tuple[Rows, Tensor | None]:
         """The normed rows, and what `backward` needs beside `x`."""
         ...
 
     def backward(
         self,
-        g: Float[Tensor, "rows width"],
-        x: Float[Tensor, "rows width"],
+        g: Rows,
+        x: Rows,
         kept: Tensor | None,
-        beside: Float[Tensor, "rows width"] | None = None,
-    ) -> Float[Tensor, "rows width"]:
+        beside: Rows | None = None,
+    ) -> Rows:
         """The gradient of `x` for the gradient `g` of the normed rows, plus `beside`."""
         ...
 
@@ -56,9 +56,7 @@ class RMSNorm:
     gain: Float[Tensor, " width"]
     epsilon: float
 
-    def forward(
-        self, x: Float[Tensor, "rows width"]
-    ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows 1"]]:
+    def forward(self, x: Rows) -> tuple[Rows, Float[Tensor, "rows 1"]]:
         if native.covers(x, self.gain):
             return native.norm(x, self.gain, self.epsilon)
         width = x.shape[-1]
@@ -68,11 +66,11 @@ class RMSNorm:
 
     def backward(
         self,
-        g: Float[Tensor, "rows width"],
-        x: Float[Tensor, "rows width"],
+        g: Rows,
+        x: Rows,
         kept: Float[Tensor, "rows 1"] | None,
-        beside: Float[Tensor, "rows width"] | None = None,
-    ) -> Float[Tensor, "rows width"]:
+        beside: Rows | None = None,
+    ) -> Rows:
         assert kept is not None
         if native.covers(x, g, *(() if beside is None else (beside,)), self.gain):
             return native.norm_backward(g, x, kept, self.gain, beside)
@@ -88,16 +86,16 @@ class OtherNorm:
 
     module: nn.Module
 
-    def forward(self, x: Float[Tensor, "rows width"]) -> tuple[Float[Tensor, "rows width"], None]:
+    def forward(self, x: Rows) -> tuple[Rows, None]:
         return self.module(x), None
 
     def backward(
         self,
-        g: Float[Tensor, "rows width"],
-        x: Float[Tensor, "rows width"],
+        g: Rows,
+        x: Rows,
         kept: Tensor | None,
-        beside: Float[Tensor, "rows width"] | None = None,
-    ) -> Float[Tensor, "rows width"]:
+        beside: Rows | None = None,
+    ) -> Rows:
         with torch.enable_grad():
             again = x.detach().requires_grad_()
             return _plus(torch.autograd.grad(self.module(again), again, g)[0], beside)
@@ -110,44 +108,40 @@ class HeadNorm:
     norm: Norm
     head_size: int
 
-    def forward(
-        self, x: Float[Tensor, "rows width"]
-    ) -> tuple[Float[Tensor, "rows width"], Tensor | None]:
+    def forward(self, x: Rows) -> tuple[Rows, Tensor | None]:
         normed, kept = self.norm.forward(self._heads(x))
         return normed.view(x.shape), kept
 
     def backward(
         self,
-        g: Float[Tensor, "rows width"],
-        x: Float[Tensor, "rows width"],
+        g: Rows,
+        x: Rows,
         kept: Tensor | None,
-        beside: Float[Tensor, "rows width"] | None = None,
-    ) -> Float[Tensor, "rows width"]:
+        beside: Rows | None = None,
+    ) -> Rows:
         return _plus(self.norm.backward(self._heads(g), self._heads(x), kept).view(x.shape), beside)
 
-    def _heads(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "_ head_size"]:
+    def _heads(self, rows: Rows) -> Float[Tensor, "_ head_size"]:
         return rows.reshape(-1, self.head_size)
 
 
-def normed(
-    norm: Norm | None, rows: Float[Tensor, "rows width"]
-) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"] | None]:
+def normed(norm: Norm | None, rows: Rows) -> tuple[Rows, Rows | None]:
     """The normed rows, and what `normed_backward` needs; the rows as they are without a norm."""
     return (rows, None) if norm is None else (norm.forward(rows)[0], rows)
 
 
 def normed_backward(
     norm: Norm | None,
-    g: Float[Tensor, "rows width"],
-    rows: Float[Tensor, "rows width"] | None,
-) -> Float[Tensor, "rows width"]:
+    g: Rows,
+    rows: Rows | None,
+) -> Rows:
     """The gradient of the rows that `normed` was given."""
     if norm is None or rows is None:
         return g
     return norm.backward(g, rows, norm.forward(rows)[1])
 
 
-def norm_of(module: nn.Module, x: Float[Tensor, "rows width"]) -> Norm:
+def norm_of(module: nn.Module, x: Rows) -> Norm:
     """The norm that `module` is, tried on the rows `x`."""
     weight, epsilon = getattr(module, "weight", None), _epsilon(module)
     if isinstance(weight, Tensor) and epsilon is not None:
