@@ -190,6 +190,7 @@ def _walked(calls: dict[str, Call], repeats: int) -> dict[str, Any]:
     full, ours = layers(), layers()
     adapters.attach(ours, adapters.LoRAConfig(rank=rank, alpha=alpha, targets=list(calls)), "a")
     settings = peft.LoraConfig(r=rank, lora_alpha=round(alpha), target_modules=list(calls))
+    # its hint asks for transformers' models; it takes any module
     theirs: Any = peft.get_peft_model(layers(), settings)  # pyright: ignore[reportArgumentType]
 
     def walk_ours() -> None:

@@ -29,6 +29,7 @@ from loralab.adapters.peft_format import (
     read_adapter,
     write_adapter,
 )
+from loralab.adapters.peft_names import CONFIG_FILE
 from loralab.adapters.probes import Probe
 from loralab.adapters.rereading import Blueprint, read_with_blueprint
 from loralab.adapters.routes import carry
@@ -48,6 +49,7 @@ from loralab.adapters.tree import Choice, Tree, targets
 from loralab.adapters.using import hosted, merged_name, use
 
 __all__ = [
+    "CONFIG_FILE",
     "EVERY_ROW",
     "Adapter",
     "Blueprint",

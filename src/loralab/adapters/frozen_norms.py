@@ -55,6 +55,7 @@ def freeze_norms(model: nn.Module) -> None:
     """Keeps every norm with running statistics in evaluation."""
     for module in _with_statistics(model):
         if not isinstance(module, FrozenStatistics):
+            # a subclass that adds methods alone; hints know no such assignment
             module.__class__ = frozen_class(type(module))  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -62,6 +63,7 @@ def thaw_norms(model: nn.Module) -> None:
     """Makes the norms what they were; their mode is what the model was set to last."""
     for module in _with_statistics(model):
         if isinstance(module, FrozenStatistics):
+            # back from that subclass
             module.__class__ = type(module).base_class  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -205,6 +205,7 @@ def dismiss(module: nn.Module) -> None:
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    # a subclass that adds methods alone; hints know no such assignment
     module.__class__ = cls  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -4,6 +4,7 @@ The base's files are copied as they are, headers included, and the bytes of chan
 written over in the copy. What the base's files lack is written to one more (`checkpoint_target`).
 """
 
+import mmap
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -109,10 +110,10 @@ class _Weight:
             yield slice(start, stop), self.change if whole else part(start, stop)
 
 
-def _merge(buffer: object, entry: Entry, weight: _Weight) -> WeightError:
+def _merge(buffer: mmap.mmap, entry: Entry, weight: _Weight) -> WeightError:
     """Writes the merged weight over the base's, and measures it."""
     found = WeightError()
-    values = view(buffer, entry).flatten(1)  # pyright: ignore[reportArgumentType]
+    values = view(buffer, entry).flatten(1)
     for rows, change in weight.blocks(entry.shape):
         old = values[rows].clone()
         total = torch.empty_like(old, dtype=torch.promote_types(old.dtype, torch.float32))

@@ -23,6 +23,7 @@ from loralab.config.settings import (
     read_recipe,
     shipped_recipes,
     shipped_text,
+    toml_value,
     with_overrides,
 )
 
@@ -47,5 +48,6 @@ __all__ = [
     "read_recipe",
     "shipped_recipes",
     "shipped_text",
+    "toml_value",
     "with_overrides",
 ]

@@ -66,6 +66,11 @@ class RunConfig(Section):
         return self.model_dump(exclude_none=True, exclude=left_out)
 
 
+def toml_value(value: object) -> str:
+    """A value as an override is written: `section.key=` this."""
+    return tomli_w.dumps({"value": value}, multiline_strings=False).partition("= ")[2].strip()
+
+
 def _changed(config: RunConfig, keys: Mapping[str, Sequence[str]]) -> list[str]:
     """Those of the keys that have another value than the one that goes without saying."""
     return [

@@ -152,6 +152,7 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             "could not learn where to stop",
             "use the tokenizer of a causal language model.",
         )
+    # the hint allows lists of ids, which no tokenizer here has
     return [int(tokenizer.eos_token_id)]  # pyright: ignore[reportArgumentType]
 
 

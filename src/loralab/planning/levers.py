@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import tomli_w
-
-from loralab.config import RunConfig
+from loralab.config import RunConfig, toml_value
 from loralab.errors import LoralabError
 from loralab.planning.plan import Plan, Planner
 
@@ -45,7 +43,7 @@ def _by_settings(planner: Planner, plan: Plan) -> Iterator[Lever]:
             changed = planner.plan(plan.config.replace(**changes), quick=True)
         except LoralabError:  # a model that cannot do it has no such lever
             continue
-        settings = tuple(f"{k.replace('__', '.')}={_toml(v)}" for k, v in changes.items())
+        settings = tuple(f"{k.replace('__', '.')}={toml_value(v)}" for k, v in changes.items())
         price = cost or recomputation(plan, changed)
         yield Lever(name, plan.peak_bytes - changed.peak_bytes, price, settings)
 
@@ -113,7 +111,3 @@ def _own_step(planner: Planner, plan: Plan) -> list[Lever]:
     own = Planner(planner.device, "own", planner.model).plan(plan.config, quick=True)
     saved = plan.peak_bytes - own.peak_bytes
     return [Lever("loralab's own step", saved, "none: the same mathematics, less kept")]
-
-
-def _toml(value: object) -> str:
-    return tomli_w.dumps({"value": value}, multiline_strings=False).partition("= ")[2].strip()

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from loralab.adapters import install, read_adapter
+from loralab.adapters import Adapter, install, read_adapter
 from loralab.config import RunConfig
 from loralab.data import Encoded, load_dataset, load_rows
 from loralab.errors import DataError
@@ -69,21 +70,27 @@ def trained_model(run: Run, device: str | None = None) -> tuple[nn.Module, str |
     """
     config = run.config
     use_threads(config.training)
-    route, probes = None, ()
+    place = choose_device(device or config.training.device)
     if run.artifact.name == "model":
         model = base_model(config.replace(model__name=str(run.artifact)))
     elif run.artifact.name == "head":
         model = base_model(config)
         model.load_state_dict(load_file(run.artifact / HEAD_FILE), strict=False)
     else:
-        model = base_model(config)
-        adapter = read_adapter(run.artifact)
-        install(model, adapter, ADAPTER_NAME)
-        route, probes = ADAPTER_NAME, adapter.probes
-    model = model.to(choose_device(device or config.training.device)).eval()
-    if route is not None and probes:
-        check_probes(model, probes[:CHECKED_PROBES], route)
-    return model, route
+        return adapted(base_model(config), read_adapter(run.artifact), place), ADAPTER_NAME
+    return model.to(place).eval(), None
+
+
+def adapted(base: nn.Module, adapter: Adapter, device: torch.device) -> nn.Module:
+    """The base with the adapter as `ADAPTER_NAME`, on the device; some of its probes are checked.
+
+    Raises `AdapterError` where it does not fit, or where the probes show that it is not in force.
+    """
+    install(base, adapter, ADAPTER_NAME)
+    base = base.to(device).eval()
+    if adapter.probes:
+        check_probes(base, adapter.probes[:CHECKED_PROBES], ADAPTER_NAME)
+    return base
 
 
 def score(

@@ -36,7 +36,8 @@ from loralab.files import replacing, write_json, write_text
 from loralab.measuring import log_likelihoods
 from loralab.models import StoredWeights, load_model, load_tokenizer, model_folder
 from loralab.runs.folder import MANIFEST, Run, open_run, refuse_existing
-from loralab.runs.merge import merge, task_of
+from loralab.runs.merge import merge
+from loralab.runs.subject import task_of
 from loralab.runs.workbench import base_model
 
 PROBES = "probes.json"

@@ -1,6 +1,6 @@
 """A run's memory: planned before it starts, measured at its largest step, compared at the end."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -116,15 +116,7 @@ def forecast(config: RunConfig, rows: Sequence[Encoded], listen: Listener) -> Fo
     step, batch = _largest(config, rows)
     planner = Planner(find_device(kind if training.device == "auto" else training.device))
     plan = planner.plan(config, batch)
-    made = Forecast(plan, step)
-    listen(Note(sentence(plan), topic="memory-plan"))
-    if not plan.fits:
-        made.levers = levers(planner, plan)
-        refusal = too_large(plan, made.levers)
-        if training.memory_plan == "stop":
-            raise refusal
-        listen(Note(f"{refusal.cause}; {refusal.next_step}", warning=True, topic="memory-plan"))
-    return made
+    return _told(Forecast(plan, step), lambda: (levers(planner, plan), 0), listen)
 
 
 def forecast_many(
@@ -141,12 +133,23 @@ def forecast_many(
     step, batches = _largest_together(configs, rows)
     device = find_device(kind if training.device == "auto" else training.device)
     plan = plan_pass(configs, device, batches)
-    made = Forecast(plan, step)
-    listen(Note(sentence(plan), topic="memory-plan"))
-    if not plan.fits:
-        made.levers = pass_levers(configs, plan, batches)
-        refusal = too_large(plan, made.levers, fitting=most_runs(configs, device, batches))
-        if training.memory_plan == "stop":
+
+    def helpful() -> tuple[Sequence[Lever], int]:
+        return pass_levers(configs, plan, batches), most_runs(configs, device, batches)
+
+    return _told(Forecast(plan, step), helpful, listen)
+
+
+def _told(
+    made: Forecast, helpful: Callable[[], tuple[Sequence[Lever], int]], listen: Listener
+) -> Forecast:
+    """The forecast, told. helpful: the levers, and how many runs would fit; asked where it does
+    not fit, which stops the run unless it shall only be warned."""
+    listen(Note(sentence(made.plan), topic="memory-plan"))
+    if not made.plan.fits:
+        made.levers, fitting = helpful()
+        refusal = too_large(made.plan, made.levers, fitting=fitting)
+        if made.plan.config.training.memory_plan == "stop":
             raise refusal
         listen(Note(f"{refusal.cause}; {refusal.next_step}", warning=True, topic="memory-plan"))
     return made

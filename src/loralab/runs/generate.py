@@ -2,24 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from loralab.adapters import install, read_adapter, use
+from loralab.adapters import CONFIG_FILE, read_adapter, use
 from loralab.config import DataSection, Task
 from loralab.data import Example, encode
 from loralab.errors import ConfigError, DataError
 from loralab.events import Listener, Phase, ignore
-from loralab.measuring import check_probes
 from loralab.models import load_model, load_tokenizer
-from loralab.runs.evaluate import CHECKED_PROBES, trained_model
+from loralab.runs.evaluate import adapted, trained_model
 from loralab.runs.folder import Run, open_run
 from loralab.runs.subject import task_of
 from loralab.training import ADAPTER_NAME, choose_device, predict
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def generate(
     if not prompt.strip():
         raise DataError("the prompt is empty", "give some text.")
     listen(Phase("loading the model", None, "files"))
-    if not isinstance(source, Run) and (Path(source) / ADAPTER_CONFIG).is_file():
+    if not isinstance(source, Run) and (Path(source) / CONFIG_FILE).is_file():
         trained = _of_adapter(Path(source), base)
     else:
         trained = _of_run(source if isinstance(source, Run) else open_run(source), base)
@@ -95,14 +92,10 @@ def _of_adapter(folder: Path, base: str | None) -> _Trained:
             "give it, for example --base smollm2.",
         )
     told = task_of(adapter)
-    model = cast(nn.Module, load_model(named, **told)).to(choose_device("auto")).eval()
-    install(model, adapter, ADAPTER_NAME)
-    if adapter.probes:
-        check_probes(model, adapter.probes[:CHECKED_PROBES], ADAPTER_NAME)
     return _Trained(
         source=str(folder),
         base=named,
-        model=model,
+        model=adapted(load_model(named, **told), adapter, choose_device("auto")),
         route=ADAPTER_NAME,
         task=told["task"],
         label_names=tuple(str(label) for label in range(told.get("num_labels", 0))),

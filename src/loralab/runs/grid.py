@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-import tomli_w
-
-from loralab.config import RunConfig, load_config
+from loralab.config import RunConfig, load_config, toml_value
 from loralab.errors import ConfigError, TrainingError
 from loralab.reports import formats
 from loralab.runs.folder import Run
@@ -70,11 +68,7 @@ def _axis(text: str) -> list[str]:
         )
     if all(isinstance(value, int | float) for value in found):  # as they were written: 3e-4
         return [f"{key}={each.strip()}" for each in inner[1:-1].split(",") if each.strip()]
-    return [f"{key}={_toml(value)}" for value in found]
-
-
-def _toml(value: object) -> str:
-    return tomli_w.dumps({"value": value}, multiline_strings=False).partition("= ")[2].strip()
+    return [f"{key}={toml_value(value)}" for value in found]
 
 
 def _name(override: str) -> str:

@@ -6,7 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loralab.adapters import Adapter, adapter_of_difference, read_adapter, write_adapter
+from loralab.adapters import (
+    CONFIG_FILE,
+    Adapter,
+    adapter_of_difference,
+    read_adapter,
+    write_adapter,
+)
 from loralab.errors import ConfigError, RunError
 from loralab.events import Listener, Note, Phase, Progress, ignore
 from loralab.evidence.xray import XRay, figures, summarise, xray, xray_difference
@@ -15,8 +21,6 @@ from loralab.models import StoredWeights
 from loralab.reports import write_xray_report
 from loralab.runs.activations import activation_dimensions
 from loralab.runs.folder import MANIFEST, Run, open_run, refuse_existing, refuse_other_file
-
-ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def open_source(source: str | Path) -> Source:
         adapter = read_adapter(folder) if folder.name == "adapter" else None
         return Source(str(source), str(folder), adapter, run)
     is_model = (path / "config.json").is_file() or not path.is_dir()
-    if (path / ADAPTER_FILE).is_file() or not is_model:
+    if (path / CONFIG_FILE).is_file() or not is_model:
         return Source(str(source), str(path), read_adapter(path))
     return Source(str(source), str(source), None)
 

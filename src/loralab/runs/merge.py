@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from loralab.adapters import (
-    Adapter,
     install,
     merge as merge_into,
     merge_checkpoint,
@@ -18,6 +17,7 @@ from loralab.models import load_model, load_tokenizer
 from loralab.runs.evaluate import trained_model
 from loralab.runs.folder import MANIFEST, open_run, refuse_existing
 from loralab.runs.images.merging import image_base, merge_image_adapter
+from loralab.runs.subject import task_of
 from loralab.training import ADAPTER_NAME
 
 
@@ -95,12 +95,3 @@ def _merge_measured(
     merged, certificate = merge_into(model, ADAPTER_NAME, limit=limit, force=force)
     save_merged(merged, certificate, output, load_tokenizer(base))
     return certificate.to_dict()
-
-
-def task_of(adapter: Adapter) -> dict[str, Any]:
-    """What the adapter's file says of the model's task; a classifier's head counts its labels."""
-    if not adapter.facts.get("model_class", "").endswith("ForSequenceClassification"):
-        return {"task": "causal"}
-    heads = [t for n, t in adapter.extra.items() if n in ("score.weight", "classifier.weight")]
-    labels = {"num_labels": heads[0].shape[0]} if heads else {}
-    return {"task": "classification", **labels}

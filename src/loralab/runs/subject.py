@@ -200,7 +200,8 @@ def task_of(adapter: Adapter) -> dict[str, Any]:
         ]
     )
     if not weights:
-        return {"task": "causal"}
+        classifies = adapter.facts.get("model_class", "").endswith("ForSequenceClassification")
+        return {"task": "classification" if classifies else "causal"}
     return {
         "task": "classification",
         "num_labels": max(2, len(weights[0])),

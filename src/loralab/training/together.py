@@ -11,7 +11,7 @@ model is tried first; where its blocks give something else this way, there is no
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -196,13 +196,10 @@ def stood_in(
     def forward_of(number: int) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: function(number, args, kwargs)
 
-    for number, layer in enumerate(layers):
-        vars(layer)["forward"] = forward_of(number)
-    try:
+    with ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            stack.enter_context(stood_in_for(layer, forward_of(number)))
         yield
-    finally:
-        for layer in layers:
-            del vars(layer)["forward"]
 
 
 def _layers(model: nn.Module) -> nn.ModuleList | None:
