@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Heavy imports happen inside the verbs."""
 
+import os
 import sys
 
 import click
@@ -34,6 +35,8 @@ __all__ = ["app", "main"]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    # measuring a step's memory makes torch warn of every tensor that is older than it
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     as_json = "--json" in (arguments if arguments is not None else sys.argv[1:])
     try:
         app.main(args=arguments, prog_name="loralab", standalone_mode=False)
