@@ -89,9 +89,19 @@ def test_how_many_fit_and_what_would_help(config_file) -> None:
         ("training.batch_size=1", "training.accumulation=3"),
         ('model.dtype="bfloat16"',),
     }
+    assert all(lever.cost for lever in found.values())
     changed = [c.replace(training__batch_size=1, training__accumulation=3) for c in configs]
     saved = plan.peak_bytes - plan_pass(changed, room, rows).peak_bytes
     assert found["training.batch_size=1", "training.accumulation=3"].saves_bytes == saved > 0
+
+
+def test_a_pass_has_the_levers_of_all_its_runs(config_file) -> None:
+    """The batches of two runs are not halved alike, and neither is in fp32."""
+    path = config_file("llama", num_hidden_layers=2)
+    config = settings(path, model__dtype="bfloat16", data__max_tokens=200)
+    configs = [config, config.replace(training__batch_size=4)]
+    found = pass_levers(configs, plan_pass(configs, CPU), [rows_for(each) for each in configs])
+    assert [lever.name for lever in found] == ["activation checkpointing"]
 
 
 def test_a_pass_for_a_gpu_is_planned_without_one(config_file) -> None:

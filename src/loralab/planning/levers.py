@@ -1,6 +1,6 @@
 """What would make a step smaller, by how much, and at what price."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from loralab.config import RunConfig, toml_value
@@ -23,6 +23,29 @@ class Lever:
     settings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Change:
+    """Settings that may make a step smaller.
+
+    cost: in words; empty where the plan itself tells it. for_passes: whether it is one for runs
+    in one pass, whose rows are encoded already and whose adapters may differ.
+    """
+
+    name: str
+    settings: dict[str, object]
+    cost: str = ""
+    for_passes: bool = False
+
+    def lever(self, plan: Plan, changed: Plan) -> Lever:
+        """What it saves, from the plans without it and with it."""
+        return Lever(
+            self.name,
+            plan.peak_bytes - changed.peak_bytes,
+            self.cost or _recomputation(plan, changed),
+            tuple(f"{k.replace('__', '.')}={toml_value(v)}" for k, v in self.settings.items()),
+        )
+
+
 def levers(planner: Planner, plan: Plan) -> list[Lever]:
     """Every lever that saves anything, largest first. Each is a plan of its own, not a formula,
     but for 8-bit states, which take a quarter of the bytes.
@@ -33,65 +56,72 @@ def levers(planner: Planner, plan: Plan) -> list[Lever]:
     found = [*_by_settings(planner, plan), *_eight_bit_states(plan)]
     if plan.step == "peft":
         found += _own_step(planner, plan)
-    helpful = [lever for lever in found if lever.saves_bytes > 0]
-    return sorted(helpful, key=lambda lever: -lever.saves_bytes)
+    return helpful(found)
 
 
-def _by_settings(planner: Planner, plan: Plan) -> Iterator[Lever]:
-    for name, changes, cost in _changes(plan.config, planner.attention_layers(plan.config)):
-        try:
-            changed = planner.plan(plan.config.replace(**changes), quick=True)
-        except LoralabError:  # a model that cannot do it has no such lever
-            continue
-        settings = tuple(f"{k.replace('__', '.')}={toml_value(v)}" for k, v in changes.items())
-        price = cost or recomputation(plan, changed)
-        yield Lever(name, plan.peak_bytes - changed.peak_bytes, price, settings)
+def helpful(found: Iterable[Lever]) -> list[Lever]:
+    """Those that save anything, largest first."""
+    saving = [lever for lever in found if lever.saves_bytes > 0]
+    return sorted(saving, key=lambda lever: -lever.saves_bytes)
 
 
-def _changes(
-    config: RunConfig, attention: list[str]
-) -> Iterator[tuple[str, dict[str, object], str]]:
-    """(name, changed settings, cost; empty where the plan itself tells it)."""
+def changes(config: RunConfig, attention: Sequence[str] = ()) -> Iterator[Change]:
+    """What these settings leave to be changed. attention: names of the attention's layers."""
     model, data, method, training = config.model, config.data, config.method, config.training
     if not training.activation_checkpointing:
-        yield "activation checkpointing", {"training__activation_checkpointing": True}, ""
+        yield Change(
+            "activation checkpointing",
+            {"training__activation_checkpointing": True},
+            for_passes=True,
+        )
     if training.batch_size > 1:
         half = training.batch_size // 2
         pieces = -(-training.batch_size * training.accumulation // half)
-        yield (
+        yield Change(
             "half the batch, accumulated",
             {"training__batch_size": half, "training__accumulation": pieces},
             "the same gradients from smaller pieces; slower where the device is not kept busy",
+            for_passes=True,
         )
     if data.max_tokens > 1:
-        yield (
+        yield Change(
             "half the length",
             {"data__max_tokens": data.max_tokens // 2},
             "longer rows are cut",
         )
     if model.dtype == "float32":
-        yield (
+        yield Change(
             "bfloat16",
             {"model__dtype": "bfloat16"},
             "8 significant bits in weights and activations; trained values keep fp32 masters",
+            for_passes=True,
         )
     if method.kind == "lora" and method.dropout:
-        yield (
+        yield Change(
             "no adapter dropout",
             {"method__dropout": 0.0},
             "less regularisation",
         )
     if method.kind == "lora" and method.targets == "all-linear" and attention:
-        yield (
+        yield Change(
             "adapters on attention alone",
-            {"method__targets": attention},
+            {"method__targets": list(attention)},
             "less capacity: attention-only adapters learn less at equal parameters",
         )
     if not training.fused:
-        yield "fused optimiser", {"training__fused": True}, "none known: it is also faster"
+        yield Change("fused optimiser", {"training__fused": True}, "none known: it is also faster")
 
 
-def recomputation(plan: Plan, changed: Plan) -> str:
+def _by_settings(planner: Planner, plan: Plan) -> Iterator[Lever]:
+    for change in changes(plan.config, planner.attention_layers(plan.config)):
+        try:
+            changed = planner.plan(plan.config.replace(**change.settings), quick=True)
+        except LoralabError:  # a model that cannot do it has no such lever
+            continue
+        yield change.lever(plan, changed)
+
+
+def _recomputation(plan: Plan, changed: Plan) -> str:
     """The price of recomputing, from both plans."""
     more = changed.accounts.flops / plan.accounts.flops - 1
     return f"{100 * more:.0f} % more matrix work: blocks run forward again in the backward pass"

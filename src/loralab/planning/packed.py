@@ -1,6 +1,6 @@
 """Many trainings in one pass: their steps over one base traced as one, and its levers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from loralab.placement import planned_for
 from loralab.planning.blocks import Run, find_runs
 from loralab.planning.devices import Device
 from loralab.planning.estimate import ESTIMATE_ERROR_BAR, estimate
-from loralab.planning.levers import Lever, recomputation
+from loralab.planning.levers import Lever, changes, helpful
 from loralab.planning.plan import Plan, is_uneven
 from loralab.planning.predict import accounts_of
 from loralab.planning.sources import meta_model
@@ -106,36 +106,10 @@ def most_runs(configs: Sequence[RunConfig], device: Device, rows: Rows) -> int:
 
 def pass_levers(configs: Sequence[RunConfig], plan: Plan, rows: Rows) -> list[Lever]:
     """What makes the pass smaller for all runs alike, largest first, each planned by itself."""
+    first, *others = ([c for c in changes(config) if c.for_passes] for config in configs)
     found = []
-    for name, changed, settings in _changes(configs):
-        smaller = plan_pass(changed, plan.device, rows)
-        price = recomputation(plan, smaller) if name == CHECKPOINTING else ""
-        found.append(Lever(name, plan.peak_bytes - smaller.peak_bytes, price, settings))
-    helpful = [lever for lever in found if lever.saves_bytes > 0]
-    return sorted(helpful, key=lambda lever: -lever.saves_bytes)
-
-
-CHECKPOINTING = "activation checkpointing, runs in turns"
-
-
-def _changes(
-    configs: Sequence[RunConfig],
-) -> Iterator[tuple[str, list[RunConfig], tuple[str, ...]]]:
-    """(name, changed settings, overrides that change them)."""
-    first = configs[0]
-    if not first.training.activation_checkpointing:
-        changed = [c.replace(training__activation_checkpointing=True) for c in configs]
-        yield CHECKPOINTING, changed, ("training.activation_checkpointing=true",)
-    sizes = {(c.training.batch_size, c.training.accumulation) for c in configs}
-    (size, passes), *others = sorted(sizes)
-    if size > 1 and not others:
-        half = size // 2
-        pieces = -(-size * passes // half)
-        changed = [
-            c.replace(training__batch_size=half, training__accumulation=pieces) for c in configs
-        ]
-        settings = (f"training.batch_size={half}", f"training.accumulation={pieces}")
-        yield "half the batch, accumulated", changed, settings
-    if first.model.dtype == "float32":
-        changed = [c.replace(model__dtype="bfloat16") for c in configs]
-        yield "bfloat16", changed, ('model.dtype="bfloat16"',)
+    for change in first:
+        if all(change in theirs for theirs in others):
+            changed = [config.replace(**change.settings) for config in configs]
+            found.append(change.lever(plan, plan_pass(changed, plan.device, rows)))
+    return helpful(found)
