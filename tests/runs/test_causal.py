@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loralab.config import parse_config
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, RunError
 from loralab.runs.evaluate import evaluate
 from loralab.runs.generate import generate
 from loralab.runs.train import train
@@ -94,3 +94,20 @@ def test_an_adapter_without_its_run_answers_as_the_run_does(run, folder, tmp_pat
     assert generate(adapter, prompt, base=str(folder / "m"), max_tokens=3)["text"] == wanted
     with pytest.raises(ConfigError, match="has its base already"):
         generate(run, prompt, base=str(folder / "m"))
+
+
+def test_a_folder_of_neither_is_told_what_it_lacks_and_what_to_give(tmp_path):
+    with pytest.raises(RunError, match="no-such-folder is no folder"):
+        generate(tmp_path / "no-such-folder", "say")
+    with pytest.raises(RunError) as caught:
+        generate(tmp_path, "say", base="smollm2")
+    assert "no manifest.json" in caught.value.cause
+    assert "no adapter_config.json" in caught.value.cause
+    assert "with --base" in caught.value.next_step and "Inside" not in caught.value.next_step
+    for folder, file in (("trained", "manifest.json"), ("made", "adapter_config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).touch()
+    with pytest.raises(RunError) as caught:
+        generate(tmp_path, "say")
+    within = f"Inside it: {tmp_path / 'made'}, {tmp_path / 'trained'}."
+    assert caught.value.next_step.endswith(within)

@@ -10,11 +10,11 @@ from torch import nn
 from loralab.adapters import CONFIG_FILE, read_adapter, use
 from loralab.config import DataSection, Task
 from loralab.data import Example, encode
-from loralab.errors import ConfigError, DataError
+from loralab.errors import ConfigError, DataError, RunError
 from loralab.events import Listener, Phase, ignore
 from loralab.models import load_model, load_tokenizer
 from loralab.runs.evaluate import adapted, trained_model
-from loralab.runs.folder import Run, open_run
+from loralab.runs.folder import MANIFEST, Run, open_run
 from loralab.runs.subject import task_of
 from loralab.training import ADAPTER_NAME, choose_device, predict
 
@@ -49,19 +49,46 @@ def generate(
     none, or another. Returns a dict with `text`, and `tokens` or `probabilities` by label name. A
     base with a chat template is prompted through it when the run was trained on messages.
 
-    Raises `RunError` where the run is not finished, `AdapterError` where an adapter does not fit,
-    `ConfigError` where its base is not known, `DataError` for an empty prompt.
+    Raises `RunError` where the source is neither, or the run not finished, `AdapterError` where
+    an adapter does not fit, `ConfigError` where its base is not known, `DataError` for an empty
+    prompt.
     """
     if not prompt.strip():
         raise DataError("the prompt is empty", "give some text.")
     listen(Phase("loading the model", None, "files"))
-    if not isinstance(source, Run) and (Path(source) / CONFIG_FILE).is_file():
-        trained = _of_adapter(Path(source), base)
-    else:
-        trained = _of_run(source if isinstance(source, Run) else open_run(source), base)
+    trained = _trained(source if isinstance(source, Run) else Path(source), base)
     if trained.task == "classification":
         return _classify(trained, prompt)
     return _continue(trained, prompt, max_tokens, temperature, seed)
+
+
+def _trained(source: Run | Path, base: str | None) -> _Trained:
+    if isinstance(source, Run):
+        return _of_run(source, base)
+    if (source / CONFIG_FILE).is_file():
+        return _of_adapter(source, base)
+    if (source / MANIFEST).is_file():
+        return _of_run(open_run(source), base)
+    if not source.is_dir():
+        raise RunError(f"{source} is no folder", f"give {_GIVE}.")
+    raise RunError(
+        f"{source} is neither a run (it has no {MANIFEST}) nor an adapter (no {CONFIG_FILE})",
+        f"give {_GIVE}.{_inside(source)}",
+    )
+
+
+_GIVE = (
+    "the folder that `loralab train --output` wrote, or that of an adapter in PEFT's format,"
+    " with --base where its file names none"
+)
+
+
+def _inside(folder: Path) -> str:
+    """The folders in `folder` that can be given, in words."""
+    found = sorted(
+        str(file.parent) for name in (MANIFEST, CONFIG_FILE) for file in folder.glob(f"*/{name}")
+    )
+    return f" Inside it: {', '.join(found[:5])}." if found else ""
 
 
 def _of_run(run: Run, base: str | None) -> _Trained:
