@@ -1,0 +1,5 @@
+"""What holds for the tests of every room."""
+
+import checked_calls
+
+checked_calls.install()
