@@ -1,4 +1,7 @@
-"""For which kind of device choices are made: the one that tensors are on, or that a plan is for."""
+"""For which kind of device choices are made: the one that tensors are on, or that a plan is for.
+
+And how tensors get there.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,3 +30,13 @@ def device_kind(place: Tensor | torch.device) -> str:
     """
     device = place.device if isinstance(place, Tensor) else place
     return _planned_kind.get() or device.type
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on the device; a GPU's host does not wait for what was enqueued before.
+
+    From memory that may be paged out it would: such a copy begins when the device has no work left.
+    """
+    if device_kind(device) != "cuda" or tensor.device == device:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

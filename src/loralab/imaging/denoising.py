@@ -14,6 +14,7 @@ from loralab.imaging.denoiser import Denoiser, Images
 from loralab.imaging.digits import ImageRow, stack
 from loralab.imaging.fixed_noise import EVALUATION_TIMESTEPS, generator_of
 from loralab.models import evaluating
+from loralab.placement import send
 from loralab.training import Joint, Prediction, RunStream
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ class Denoising:
     def losses(self, noised: Noised) -> Float[Tensor, "rows"]:
         """Each row's loss, along the route that is open."""
         device = self.denoiser.device
-        images, noise = noised.images.to(device), noised.noise.to(device)
-        timesteps, labels = noised.timesteps.to(device), noised.labels.to(device)
+        images, noise = send(noised.images, device), send(noised.noise, device)
+        timesteps, labels = send(noised.timesteps, device), send(noised.labels, device)
         scheduler: Any = self.denoiser.scheduler  # whose hints ask for 32-bit timesteps
         noisy = scheduler.add_noise(images, noise, timesteps)
         target = noise

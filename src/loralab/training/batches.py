@@ -7,6 +7,7 @@ from torch import nn
 
 from loralab.data import Batch, Encoded, Row, collate
 from loralab.errors import DataError
+from loralab.placement import send
 
 
 def text_rows(rows: Sequence[Row]) -> list[Encoded]:
@@ -32,6 +33,6 @@ def batch_for(model: nn.Module, rows: Sequence[Encoded]) -> Batch:
     device = next(model.parameters()).device
     return dataclasses.replace(
         batch,
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
+        input_ids=send(batch.input_ids, device),
+        attention_mask=send(batch.attention_mask, device),
     )

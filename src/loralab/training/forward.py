@@ -24,9 +24,11 @@ from loralab.data import IGNORED, Batch, Encoded
 from loralab.errors import ModelError
 from loralab.fusion import HiddenStatesError, frozen_output_layer, stopped_at, token_nll_sum
 from loralab.models import reads_last_token
+from loralab.placement import send
 from loralab.training.batches import batch_for
 from loralab.training.methods import Trainable
 from loralab.training.objective import Objective, Prediction
+from loralab.training.padding import known_padding
 from loralab.training.prefix import PrefixCache
 
 
@@ -81,7 +83,7 @@ class Forward:
     def __call__(self, rows: Sequence[Encoded]) -> TargetLogits:
         """One pass over `rows`, padded to the longest."""
         batch = batch_for(self.model, rows)
-        with self._routed(), self._prefixed(rows):
+        with self._routed(), self._prefixed(rows), known_padding(rows):
             if self.task == "classification":
                 return self._of_rows(batch)
             return self._of_tokens(batch)
@@ -97,7 +99,7 @@ class Forward:
         batch = batch_for(self.model, rows)
         flat, targets, _ = self._targets(batch)
         try:
-            with self._routed(), self._prefixed(rows), stopped_at(layer):
+            with self._routed(), self._prefixed(rows), known_padding(rows), stopped_at(layer):
                 self._logits(batch)
         except HiddenStatesError as reached:
             hidden = reached.hidden.flatten(0, -2).index_select(0, flat)
@@ -132,12 +134,12 @@ class Forward:
         most = max(1, *map(len, needed))
         others = ([at for at in range(width) if at not in own] for own in map(set, needed))
         positions = [(own + rest)[:most] for own, rest in zip(needed, others, strict=True)]
-        return torch.tensor(positions, device=self._device)
+        return send(torch.tensor(positions), self._device)
 
     def _of_rows(self, batch: Batch) -> TargetLogits:
         logits = self._logits(batch)
         return TargetLogits(
-            logits.float(), batch.labels.to(self._device), torch.arange(len(batch.labels))
+            logits.float(), send(batch.labels, self._device), torch.arange(len(batch.labels))
         )
 
     def _of_tokens(self, batch: Batch) -> TargetLogits:
@@ -151,8 +153,9 @@ class Forward:
     def _targets(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of every labelled token: its flat position, its label, and its row (on the CPU)."""
         rows, positions = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        targets = batch.labels[rows, positions + 1].to(self._device)
-        return (rows * batch.input_ids.shape[1] + positions).to(self._device), targets, rows
+        flat = rows * batch.input_ids.shape[1] + positions
+        targets = batch.labels[rows, positions + 1]
+        return send(flat, self._device), send(targets, self._device), rows
 
     def _logits(self, batch: Batch) -> Tensor:
         return self.model(

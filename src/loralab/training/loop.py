@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -35,7 +36,7 @@ from loralab.training.plan import lay_out
 from loralab.training.predict import predict_with
 from loralab.training.prefix import PrefixStore, prefix_cache
 from loralab.training.schedule import build_schedule
-from loralab.training.step import Stepper
+from loralab.training.step import Enqueued, Stepper
 
 EXAMINED_STEPS = 2
 
@@ -110,6 +111,7 @@ class Fit:
         stack.callback(self._optimiser.close)
         self.progress = saved.progress
         self._first = saved.progress.step + 1
+        self._num_enqueued = saved.progress.step
         self._best = saved.best
         self._batches = self._remaining_batches()
         self._saved_step = 0
@@ -142,20 +144,30 @@ class Fit:
             self.stepper.compile(self._train_rows)
 
     def steps(self) -> Iterator[Event]:
-        """The steps that are not done yet, with validations and checkpoints between them."""
+        """The steps that are not done yet, with validations and checkpoints between them.
+
+        A device that lags behind is given the next step before the last one is read.
+        """
+        enqueued: deque[Enqueued] = deque()
+        since = time.perf_counter()  # what is read next is paid for from here on
         while not self.is_over:
-            began = time.perf_counter()
+            if not enqueued:
+                since = time.perf_counter()
             rows = self.next_rows()
-            loss = self.stepper.gradients(self.next_step, rows)
-            yield from self.advance(rows, loss, began)
-            if self._interrupt.asked and not self.is_over:
+            enqueued.append(self.enqueue(rows, self.stepper.gradients(self.next_step, rows)))
+            while enqueued and self._is_read_now(enqueued):
+                first = enqueued.popleft()
+                first.reading.wait()
+                began, since = since, time.perf_counter()
+                yield from self.advance(first, since - began)
+            if self._interrupt.asked and not (enqueued or self.is_over):
                 yield from self.pause()
                 raise self.interrupted()
 
     @property
     def next_step(self) -> int:
         """The number of the step that comes next, from 1."""
-        return self.progress.step + 1
+        return self._num_enqueued + 1
 
     @property
     def total(self) -> int:
@@ -174,13 +186,16 @@ class Fit:
         """The rows of the next step; to be asked once a step."""
         return [self._train_rows[index] for index in next(self._batches)]
 
-    def advance(self, rows: Sequence[Row], loss: Tensor, began: float) -> Iterator[Event]:
-        """The next step, given the loss and the gradients of `rows`, and what follows it.
-
-        began: when the step did, in seconds of `time.perf_counter`.
-        """
+    def enqueue(self, rows: Sequence[Row], loss: Tensor) -> Enqueued:
+        """The next step, given the loss and the gradients of `rows`; nobody waits for it."""
         step = self.next_step
-        yield self._step(step, rows, loss, began)
+        self._num_enqueued = step
+        return self.stepper.conclude(step, rows, loss, self._schedule.factor(step))
+
+    def advance(self, enqueued: Enqueued, seconds: float) -> Iterator[Event]:
+        """What the step did, in so many seconds, and what follows it."""
+        step = enqueued.step
+        yield self._tell(enqueued, seconds)
         self.progress.step = step
         if step == EXAMINED_STEPS and self._first == 1:
             yield self._examine(step)
@@ -219,9 +234,20 @@ class Fit:
             stopped_early=progress.stopped_early,
         )
 
-    def _step(self, step: int, rows: Sequence[Row], loss: Tensor, began: float) -> StepDone:
-        outcome = self.stepper.conclude(step, rows, loss, self._schedule.factor(step))
-        seconds = time.perf_counter() - began
+    def _is_read_now(self, enqueued: Sequence[Enqueued]) -> bool:
+        """Whether the first step is read before another is enqueued: it has come, or is awaited."""
+        step = enqueued[0].step
+        return (
+            len(enqueued) > 1
+            or enqueued[0].reading.has_arrived
+            or self._interrupt.asked
+            or step in (EXAMINED_STEPS, self._plan.total_steps)
+            or step in self._plan.validation_steps
+            or step % self._training.checkpoint_steps == 0
+        )
+
+    def _tell(self, enqueued: Enqueued, seconds: float) -> StepDone:
+        step, outcome = enqueued.step, self.stepper.outcome(enqueued)
         row = {"step": step, "epoch": self._plan.epoch(step), **asdict(outcome)}
         self._metrics.write(row)
         self._timing.write({"step": step, "tokens": outcome.tokens, "seconds": seconds})

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from loralab.config import MethodSection, Task, TrainingSection
@@ -30,6 +30,7 @@ from loralab.training.methods import Trainable, prepare
 from loralab.training.objective import MakesObjective
 from loralab.training.prefix import PrefixStore
 from loralab.training.shared_step import SharedStep
+from loralab.training.step import Enqueued
 from loralab.training.streams import stream_seed
 
 SHARED = (
@@ -153,9 +154,12 @@ class _Many:
             began = time.perf_counter()
             rows = {n: self._fits[n].next_rows() for n in sorted(self._active)}
             losses = self._shared.gradients({n: self._fits[n].next_step for n in rows}, rows)
-            seconds = time.perf_counter() - began
-            for number, own in rows.items():
-                yield from self._advance(number, own, losses[number], seconds / len(rows))
+            enqueued = {n: self._fits[n].enqueue(own, losses[n]) for n, own in rows.items()}
+            for own in enqueued.values():
+                own.reading.wait()
+            share = (time.perf_counter() - began) / len(rows)
+            for number, own in enqueued.items():
+                yield from self._advance(number, own, share)
             yield from self._end()
             if self._interrupt.asked:
                 yield from self._pause()
@@ -176,10 +180,10 @@ class _Many:
             yield from ((number, event) for event in self._fits[number].pause())
 
     def _advance(
-        self, number: int, rows: Sequence[Row], loss: Tensor, share: float
+        self, number: int, enqueued: Enqueued, seconds: float
     ) -> Iterator[tuple[int, Event | Failed]]:
         try:
-            for event in self._fits[number].advance(rows, loss, time.perf_counter() - share):
+            for event in self._fits[number].advance(enqueued, seconds):
                 yield number, event
         except TrainingError as error:
             self._active.discard(number)

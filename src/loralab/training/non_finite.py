@@ -1,6 +1,6 @@
 """Where a loss or gradient that is not a number came from: the step is done again, watched."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,26 +12,26 @@ from loralab.data import Row
 from loralab.errors import TrainingError
 from loralab.training.methods import Trainable
 from loralab.training.objective import Objective
-from loralab.training.optimiser import Optimiser
 from loralab.training.streams import dropout_stream
 
 
 def blame(
     trainable: Trainable,
     objective: Objective,
-    optimiser: Optimiser,
     pieces: Sequence[Sequence[Row]],
     step: int,
+    gradients: Callable[[], Mapping[str, Tensor | None]],
 ) -> TrainingError:
     """The error that names where the first number of step `step` that is not finite appeared.
 
     Looks at the weights, then at each module's output in the order of computation, then at the
-    gradients from the loss backwards.
+    gradients from the loss backwards, which `gradients` computes again. The weights must be those
+    that the step began with.
     """
     origin = (
         _bad_weight(trainable.model)
         or _bad_output(trainable, objective, pieces, step)
-        or _bad_gradient(optimiser)
+        or _bad_gradient(gradients())
         or "the loss itself"
     )
     half = any(p.dtype == torch.float16 for p in trainable.model.parameters())
@@ -63,8 +63,8 @@ def _bad_output(
     return None
 
 
-def _bad_gradient(optimiser: Optimiser) -> str | None:
-    bad = [name for name, g in optimiser.gradients().items() if g is not None and not _finite(g)]
+def _bad_gradient(gradients: Mapping[str, Tensor | None]) -> str | None:
+    bad = [name for name, g in gradients.items() if g is not None and not _finite(g)]
     return f"the gradient of {bad[-1]}" if bad else None
 
 

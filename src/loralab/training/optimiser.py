@@ -11,15 +11,18 @@ import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.hooks import RemovableHandle
 
 from loralab.config import TrainingSection
+from loralab.placement import device_kind
 from loralab.training.methods import ParameterGroup
 
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
+HEEDING_DEVICES = {"cpu", "cuda"}
+"""Whose fused AdamW looks at `found_inf` before it moves anything; on MPS it moves regardless."""
 
 
 class Optimiser:
@@ -41,7 +44,9 @@ class Optimiser:
         # An optimiser that is dropped unclosed must not go on taking the model's gradients.
         self._unhook = weakref.finalize(self, _remove, handles)
         device = next(iter(self._masters.values())).device
-        self._fused = training.fused and device.type in FUSED_DEVICES
+        self._fused = training.fused and device_kind(device) in FUSED_DEVICES
+        self._halted = torch.zeros((), dtype=torch.float32, device=device)
+        self._heeds = self._fused and device_kind(device) in HEEDING_DEVICES
         self._adamw = torch.optim.AdamW(
             [
                 {
@@ -56,6 +61,8 @@ class Optimiser:
             fused=self._fused,
         )
         self._create_state()
+        if self._heeds:  # set as torch.amp.GradScaler does
+            self._adamw.found_inf = self._halted  # pyright: ignore[reportAttributeAccessIssue]
 
     def gradients(self) -> dict[str, Tensor | None]:
         """The present gradient of every parameter, None where none arrived."""
@@ -64,6 +71,13 @@ class Optimiser:
     def grad_norm(self) -> Float[Tensor, ""]:
         """The 2-norm of all gradients together, before clipping."""
         return get_total_norm([g for g in self.gradients().values() if g is not None])
+
+    def halt_unless(self, finite: Bool[Tensor, ""]) -> None:
+        """Unless `finite`, this step and all that follow move nothing: neither weights nor state.
+
+        The device decides it, so nobody waits for it.
+        """
+        self._halted.masked_fill_(~finite.to(self._halted.device), 1.0)
 
     def step(self, factor: float, grad_norm: Float[Tensor, ""]) -> dict[str, float]:
         """Clip, step with every rate times `factor`, round into the model, clear the gradients.
@@ -75,7 +89,8 @@ class Optimiser:
         rates: dict[str, float] = {}
         for group, table in zip(self._groups, self._adamw.param_groups, strict=True):
             rates[group.role] = table["lr"] = group.learning_rate * factor
-        self._adamw.step()
+        if self._heeds or not self._halted.item():
+            self._adamw.step()
         self.clear()
         self._round_into_model()
         return rates

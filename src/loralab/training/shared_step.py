@@ -87,6 +87,7 @@ def repeatable_pass(
         done += 1
         numbers = range(len(trainables))
         losses = shared.gradients(dict.fromkeys(numbers, done), dict(enumerate(rows)))
-        return [steppers[n].conclude(done, rows[n], losses[n], 1.0) for n in numbers]
+        enqueued = [steppers[n].conclude(done, rows[n], losses[n], 1.0) for n in numbers]
+        return [stepper.outcome(own) for stepper, own in zip(steppers, enqueued, strict=True)]
 
     return step

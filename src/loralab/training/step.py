@@ -33,6 +33,7 @@ from loralab.training.objective import Objective
 from loralab.training.offload import offloaded
 from loralab.training.optimiser import Optimiser
 from loralab.training.plan import lay_out
+from loralab.training.readings import Reading
 from loralab.training.streams import dropout_stream
 
 
@@ -45,6 +46,16 @@ class Outcome:
     learning_rates: dict[str, float]
     rows: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class Enqueued:
+    """A step that the device is told to do; `Stepper.outcome` says what it did."""
+
+    step: int
+    rows: Sequence[Row]
+    learning_rates: dict[str, float]
+    reading: Reading  # of the loss and the gradient norm
 
 
 class Stepper:
@@ -97,7 +108,7 @@ class Stepper:
 
         Raises `TrainingError` where the loss or a gradient is not finite.
         """
-        return self.conclude(step, rows, self.gradients(step, rows), factor)
+        return self.outcome(self.conclude(step, rows, self.gradients(step, rows), factor))
 
     def gradients(self, step: int, rows: Sequence[Row]) -> Tensor:
         """The loss of `rows`, whose gradients are left at the parameters.
@@ -111,22 +122,33 @@ class Stepper:
             losses = (self._backward(piece, total) for piece in pieces_of(rows, training))
             return sum(losses, start=torch.zeros(()))
 
-    def conclude(self, step: int, rows: Sequence[Row], loss: Tensor, factor: float) -> Outcome:
-        """Clip and move, given the loss and the gradients of `rows`. As `step`."""
+    def conclude(self, step: int, rows: Sequence[Row], loss: Tensor, factor: float) -> Enqueued:
+        """Clip and move, given the loss and the gradients of `rows`; nobody waits for the device.
+
+        Where a number is not finite nothing moves, now and in later steps: `outcome` says so.
+        """
         grad_norm = self._optimiser.grad_norm()
-        loss_value, norm_value = torch.stack([loss, grad_norm.to(loss.device)]).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            pieces = pieces_of(rows, self._trainable.training)
-            raise blame(self._trainable, self._objective, self._optimiser, pieces, step)
         if step <= 2:
             self._note_gradients()
+        numbers = torch.stack([loss, grad_norm.to(loss.device)])
+        self._optimiser.halt_unless(numbers.isfinite().all())
         rates = self._optimiser.step(factor, grad_norm)
+        return Enqueued(step, rows, rates, Reading(numbers))
+
+    def outcome(self, enqueued: Enqueued) -> Outcome:
+        """What the step did, as soon as the device has done it.
+
+        Raises `TrainingError` where the loss or a gradient is not finite.
+        """
+        loss, grad_norm = enqueued.reading.numbers()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise self._blame(enqueued.step, enqueued.rows)
         return Outcome(
-            loss=loss_value,
-            grad_norm=norm_value,
-            learning_rates=rates,
-            rows=len(rows),
-            tokens=sum(row.num_tokens for row in rows),
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rates=enqueued.learning_rates,
+            rows=len(enqueued.rows),
+            tokens=sum(row.num_tokens for row in enqueued.rows),
         )
 
     def without_gradient(self) -> set[str]:
@@ -175,6 +197,15 @@ class Stepper:
         """Where what the backward pass needs is kept: on the device, or on the host."""
         wanted = self._trainable.training.offload_activations
         return offloaded(self._trainable.model) if wanted else nullcontext()
+
+    def _blame(self, step: int, rows: Sequence[Row]) -> TrainingError:
+        def gradients() -> dict[str, Tensor | None]:
+            self._optimiser.clear()
+            self.gradients(step, rows)
+            return self._optimiser.gradients()
+
+        pieces = pieces_of(rows, self._trainable.training)
+        return blame(self._trainable, self._objective, pieces, step, gradients)
 
     def _note_gradients(self) -> None:
         for name, gradient in self._optimiser.gradients().items():

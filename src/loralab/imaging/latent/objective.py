@@ -14,6 +14,7 @@ from loralab.errors import ModelError
 from loralab.imaging.fixed_noise import EVALUATION_TIMESTEPS, generator_of
 from loralab.imaging.latent.rows import LatentRow
 from loralab.models import evaluating
+from loralab.placement import send
 from loralab.training import Prediction
 
 if TYPE_CHECKING:
@@ -139,8 +140,9 @@ class LatentDenoising:
         mean, std = (
             torch.stack([getattr(row.latent, name) for row in rows]) for name in ("mean", "std")
         )
-        latents = ((mean + std * drawn.within) * self.scaling).to(self.unet.device)
-        noise, timesteps = drawn.noise.to(latents.device), drawn.timesteps.to(latents.device)
+        device = self.unet.device
+        latents = send((mean + std * drawn.within) * self.scaling, device)
+        noise, timesteps = send(drawn.noise, device), send(drawn.timesteps, device)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         said = self.unet(
             noisy.to(self.unet.dtype), timesteps, return_dict=False, **self._conditioning(rows)
@@ -174,12 +176,14 @@ class LatentDenoising:
         return capped if self.schedule.config["prediction_type"] == "sample" else capped / (snr + 1)
 
     def _conditioning(self, rows: Sequence[LatentRow]) -> dict[str, Any]:
-        kind = {"device": self.unet.device, "dtype": self.unet.dtype}
-        hidden = torch.stack([row.conditioning.hidden for row in rows]).to(**kind)
+        dtype, device = self.unet.dtype, self.unet.device
+        hidden = torch.stack([row.conditioning.hidden for row in rows])
+        hidden = send(hidden.to(dtype), device)
         if any(row.conditioning.pooled is None for row in rows):
             return {"encoder_hidden_states": hidden}
-        pooled = torch.stack([cast(Tensor, row.conditioning.pooled) for row in rows]).to(**kind)
-        time_ids = torch.stack([row.time_ids for row in rows]).to(self.unet.device)
+        pooled = torch.stack([cast(Tensor, row.conditioning.pooled) for row in rows])
+        pooled = send(pooled.to(dtype), device)
+        time_ids = send(torch.stack([row.time_ids for row in rows]), device)
         added = {"text_embeds": pooled, "time_ids": time_ids}
         return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
 
