@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from laws import assert_near, check_gates, check_norm, check_pairs, doubles
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from loralab.native import convolutions, load_kernel, training as native
+from loralab.native import Kernel, convolutions, load_kernel, on_cpu, training as native
 
 DTYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # relative, of 2-norms
 
 pytestmark = pytest.mark.skipif(
     load_kernel(native.KERNEL) is None, reason="no C++ compiler makes the kernel here"
@@ -25,8 +25,8 @@ def build_of_kernel(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel as this processor gets it, and with the vectors of processors with AVX-512."""
     if request.param == "wide vectors":
         flags = (*native.KERNEL.flags, "-DLORALAB_WIDE")
-        wide = native.Kernel("training", Path(native.__file__).with_name("kernel"), flags)
-        for module in (native, convolutions):
+        wide = Kernel("training", Path(native.__file__).with_name("kernel"), flags)
+        for module in (on_cpu, convolutions):
             monkeypatch.setattr(module, "KERNEL", wide)
 
 
@@ -38,15 +38,6 @@ def threads(request: Any) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def assert_near(got: Tensor, wanted: Tensor) -> None:
-    error = (got.double() - wanted.double()).norm() / wanted.double().norm()
-    assert error < TOLERANCE[got.dtype], float(error)
-
-
-def doubles(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach().double().requires_grad_() for tensor in tensors]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize(
@@ -55,73 +46,18 @@ def doubles(*tensors: Tensor) -> list[Tensor]:
 def test_low_rank_pairs(
     dtype: torch.dtype, dropped: bool, rows: int, ranks: list[int], outs: list[int]
 ) -> None:
-    torch.manual_seed(0)
-    x, scale, width = torch.randn(rows, 64).to(dtype), 0.5, 64
-    As = [torch.randn(rank, width) for rank in ranks]
-    Bs = [torch.randn(out, rank) for out, rank in zip(outs, ranks, strict=True)]
-    outputs = [torch.randn(rows, out).to(dtype) for out in outs]
-    gradients = [torch.randn(rows, out).to(dtype) for out in outs]
-    flips, places = (torch.rand(900) > 0.3).to(torch.uint8), torch.randint(800, (rows,))
-    kept = (
-        flips.unfold(0, width, 1)[places].double() if dropped else torch.ones(rows, width).double()
-    )
-    mask = native.Mask(flips, places) if dropped else None
-
-    x_, *factors = doubles(x, *As, *Bs)
-    As_, Bs_ = factors[: len(As)], factors[len(As) :]
-    added = [scale * (kept * x_) @ A.mT @ B.mT for A, B in zip(As_, Bs_, strict=True)]
-    wanted = [y.double() + more.detach() for y, more in zip(outputs, added, strict=True)]
-    torch.autograd.backward(added, [g.double() for g in gradients])
-
-    pairs = [native.Pair(B, scale, y) for B, y in zip(Bs, outputs, strict=True)]
-    assert native.covers_pairs(x, As, pairs)
-    native.add_pairs(x, As, pairs, mask)
-    for y, right in zip(outputs, wanted, strict=True):
-        assert_near(y, right)
-    pairs = [native.Pair(B, scale, g) for B, g in zip(Bs, gradients, strict=True)]
-    grad_x = torch.full_like(x, torch.nan)
-    grad_As, grad_Bs = native.pairs_backward(x, As, pairs, mask, grad_x)
-    for got, leaf in zip([grad_x, *grad_As, *grad_Bs], [x_, *As_, *Bs_], strict=True):
-        assert leaf.grad is not None
-        assert_near(got, leaf.grad)
-    unwanted = native.pairs_backward(x, As, pairs, mask, None)
-    assert all(torch.equal(a, b) for a, b in zip(unwanted[0], grad_As, strict=True))
+    check_pairs(dtype, dropped, rows, ranks, outs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, gain, g, beside = (
-        torch.randn(shape).to(dtype) for shape in [(37, 96), 96, (37, 96), (37, 96)]
-    )
-    (x_,) = doubles(x)
-    wanted = F.rms_norm(x_, (96,), gain.double(), 1e-5)
-    wanted.backward(g.double())
-    n, inverse = native.norm(x, gain, 1e-5)
-    assert_near(n, wanted)
-    assert x_.grad is not None
-    assert_near(native.norm_backward(g, x, inverse, gain, beside), x_.grad + beside.double())
+    check_norm(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", native.ACTIVATIONS)
 def test_gates(dtype: torch.dtype, name: str) -> None:
-    torch.manual_seed(0)
-    gate, up, g = (torch.randn(19, 48).mul(scale).to(dtype) for scale in (4, 1, 1))
-    gate[0, :4] = torch.tensor([-200.0, 200.0, -30.0, 0.0])
-    gate_, up_ = doubles(gate, up)
-    known = {
-        "silu": F.silu,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    }
-    wanted = known[name](gate_) * up_
-    wanted.backward(g.double())
-    number = native.ACTIVATIONS.index(name)
-    assert_near(native.gated(gate, up, number), wanted)
-    for got, leaf in zip(native.gated_backward(g, gate, up, number), (gate_, up_), strict=True):
-        assert leaf.grad is not None
-        assert_near(got, leaf.grad)
+    check_gates(dtype, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,9 +79,11 @@ def test_attention(dtype: torch.dtype, kind: str, wanted: Any, num_angles: int) 
     positions = None if wanted is None else torch.tensor(wanted)
 
     q_, k_, v_ = leaves = doubles(q, k, v)
-    turned = [_turned(_heads(x, batch, size), cos.double(), sin.double()) for x in (q_, k_)]
+    turned_q, turned_k = (
+        _turned(_heads(x, batch, size), cos.double(), sin.double()) for x in (q_, k_)
+    )
     out = F.scaled_dot_product_attention(
-        *turned, _heads(v_, batch, size), attn_mask=allowed, enable_gqa=True
+        turned_q, turned_k, _heads(v_, batch, size), attn_mask=allowed, enable_gqa=True
     )
     if positions is not None:
         out = out.gather(2, positions[:, None, :, None].expand(batch, heads, -1, size))
@@ -153,8 +91,8 @@ def test_attention(dtype: torch.dtype, kind: str, wanted: Any, num_angles: int) 
     g = torch.randn(right.shape).to(dtype)
     right.backward(g.double())
 
-    attention = native.Attention(q, k, v, cos, sin, mask, positions)
-    assert attention.is_covered()
+    attention = native.attention((q, k, v), (cos, sin), mask, positions)
+    assert attention is not None
     assert_near(attention.forward(), right)
     for got, leaf in zip(attention.backward(g), leaves, strict=True):
         assert leaf.grad is not None

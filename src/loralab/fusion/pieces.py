@@ -1,7 +1,8 @@
 """Batches whose tokens stand one after another, and the attention inside each of them.
 
-Rotary positions (2104.09864) are turned into queries and keys first. Short rows on a CPU go through
-one call of room native, which keeps the projections alone; other attention is `attention`'s.
+Rotary positions (2104.09864) are turned into queries and keys first, on a GPU by room native. Short
+rows on a CPU go through one call of room native, which keeps the projections alone; other attention is
+`attention`'s.
 """
 
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ class Piece:
         kernel = self._kernel(q, k, v)
         if kernel is not None:
             return kernel.forward(), Attended(q, k, v, None, None)
-        queries = take(rotate(self.heads(q), self.angles), self.wanted)
-        keys = rotate(self.heads(k), self.angles)
+        queries = take(self._rotated(q), self.wanted)
+        keys = self._rotated(k)
         heads, attended = attend(queries, keys, self.heads(v).contiguous(), self.seen())
         return _rows_of_heads(heads), attended
 
@@ -73,17 +74,27 @@ class Piece:
             assert kernel is not None
             return kernel.backward(g.contiguous())
         grad_q, grad_k, grad_v = attend_backward(self.heads(g), attended)
-        grad_q = rotate_back(put(grad_q, self.wanted, grad_k.shape[2]), self.angles)
-        grad_k = rotate_back(grad_k, self.angles)
-        return _rows_of_heads(grad_q), _rows_of_heads(grad_k), _rows_of_heads(grad_v)
+        grad_q = put(grad_q, self.wanted, grad_k.shape[2])
+        return self._rotated_back(grad_q), self._rotated_back(grad_k), _rows_of_heads(grad_v)
+
+    def _rotated(self, rows: Rows) -> Heads:
+        """The heads of these rows, with rotary positions."""
+        if native.covers_rotation(rows, *self.angles):
+            return self.heads(native.rotated(rows, *self.angles, back=False))
+        return rotate(self.heads(rows), self.angles)
+
+    def _rotated_back(self, g: Heads) -> Rows:
+        """The gradient of the rows that `_rotated` was given."""
+        rows = _rows_of_heads(g)
+        if native.covers_rotation(rows, *self.angles):
+            return native.rotated(rows, *self.angles, back=True)
+        return _rows_of_heads(rotate_back(self.heads(rows), self.angles))
 
     def _kernel(self, q: Rows, k: Rows, v: Rows) -> native.Attention | None:
         """The attention of short rows by room native, where it is covered."""
-        cos, sin = self.angles
-        if cos.shape[1] > SHORT_ROW_TOKENS:
+        if self.angles.cos.shape[1] > SHORT_ROW_TOKENS:
             return None
-        kernel = native.Attention(q, k, v, cos, sin, self.mask, self.wanted)
-        return kernel if kernel.is_covered() else None
+        return native.attention((q, k, v), self.angles, self.mask, self.wanted)
 
     def seen(self) -> Mask:
         """The mask of the queries that are computed."""

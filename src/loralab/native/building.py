@@ -43,10 +43,15 @@ class Kernel:
         return self.folder / f"{self.name}.cpp"
 
 
+def are_wanted() -> bool:
+    """Whether kernels may run: not where `LORALAB_KERNELS=off`."""
+    return os.environ.get("LORALAB_KERNELS", "").lower() not in ("off", "0", "no")
+
+
 @functools.cache
 def load_kernel(kernel: Kernel) -> ctypes.CDLL | None:
     """The kernel's library; None where `LORALAB_KERNELS=off` or none can be made (logged once)."""
-    if os.environ.get("LORALAB_KERNELS", "").lower() in ("off", "0", "no"):
+    if not are_wanted():
         return None
     try:
         return ctypes.CDLL(str(build(kernel)))

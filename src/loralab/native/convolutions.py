@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from loralab.native.building import load_kernel
-from loralab.native.training import KERNEL
+from loralab.native.on_cpu import KERNEL
 from loralab.placement import device_kind
 
 _MOST_KEPT = 1 << 20  # numbers

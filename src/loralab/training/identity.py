@@ -27,7 +27,7 @@ def environment(model: nn.Module, device: torch.device) -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": _device_name(device),
-        "kernel": native.build_name() if device.type == "cpu" else "none",
+        "kernel": native.build_name(device),
         "threads": torch.get_num_threads(),
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
     }

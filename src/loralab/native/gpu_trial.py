@@ -1,0 +1,105 @@
+"""The kernels of a GPU tried out against torch's operations, before a training relies on them."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loralab.native import on_gpu
+from loralab.native.pairs import ACTIVATIONS, Mask, Pair
+
+_TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Relative errors (2-norms) that rounding can cause."""
+
+_ROWS, _WIDTH, _OUT, _RANK = 72, 96, 160, 8
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+Trial = Iterator[tuple[str, Sequence[Tensor], Sequence[Tensor]]]
+"""What was tried, what the kernel gave, and what torch gives in float64."""
+
+
+class WrongKernelError(Exception):
+    """A kernel gives something else than torch's operations."""
+
+
+def try_out(device: torch.device, dtype: torch.dtype) -> None:
+    """Runs every kernel on random numbers. Raises `WrongKernelError`, and what compilers raise."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        for trial in (_pairs, _norm, _gates, _rotation):
+            for name, got, wanted in trial(device, dtype):
+                for each, right in zip(got, wanted, strict=True):
+                    error = (each.double() - right).norm()
+                    if not error <= _TOLERANCES[dtype] * right.norm():
+                        raise WrongKernelError(f"the kernel {name} gives wrong numbers on {device}")
+
+
+def _pairs(device: torch.device, dtype: torch.dtype) -> Trial:
+    x, y, g = (_drawn(device, dtype, width) for width in (_WIDTH, _OUT, _OUT))
+    A, B = torch.randn(_RANK, _WIDTH, device=device), torch.randn(_OUT, _RANK, device=device)
+    flips = torch.randint(2, (4 * _WIDTH,), device=device).to(torch.uint8)
+    mask = Mask(flips, torch.randint(3 * _WIDTH, (_ROWS,), device=device))
+    kept = flips.unfold(0, _WIDTH, 1)[mask.places].double()
+    added, gradients = _with_gradients(lambda x, A, B: 0.5 * (kept * x) @ A.mT @ B.mT, g, x, A, B)
+    wanted = y.double() + added
+    on_gpu.add_pairs(x, [A], [Pair(B, 0.5, y)], mask)
+    yield "add_pairs", [y], [wanted]
+    grad_x = torch.empty_like(x)
+    found = on_gpu.pairs_backward(x, [A], [Pair(B, 0.5, g)], mask, grad_x)
+    yield "pairs_backward", [grad_x, *found[0], *found[1]], gradients
+
+
+def _norm(device: torch.device, dtype: torch.dtype) -> Trial:
+    x, g, beside = (_drawn(device, dtype, _WIDTH) for _ in range(3))
+    gain = torch.randn(_WIDTH, device=device).to(dtype)
+    wanted, gradients = _with_gradients(
+        lambda x: F.rms_norm(x, (_WIDTH,), gain.double(), 1e-5), g, x
+    )
+    n, inverse = on_gpu.norm(x, gain, 1e-5)
+    yield "norm", [n], [wanted]
+    grad_x = on_gpu.norm_backward(g, x, inverse, gain, beside)
+    yield "norm_backward", [grad_x], [gradients[0] + beside.double()]
+
+
+def _gates(device: torch.device, dtype: torch.dtype) -> Trial:
+    for number, name in enumerate(ACTIVATIONS):
+        gate, up, g = (_drawn(device, dtype, _WIDTH) for _ in range(3))
+        wanted, gradients = _with_gradients(
+            lambda gate, up, act=_FUNCTIONS[name]: act(gate) * up, g, gate, up
+        )
+        yield f"gated ({name})", [on_gpu.gated(gate, up, number)], [wanted]
+        yield f"gated_backward ({name})", on_gpu.gated_backward(g, gate, up, number), gradients
+
+
+def _rotation(device: torch.device, dtype: torch.dtype) -> Trial:
+    x, size = _drawn(device, dtype, _WIDTH), _WIDTH // 3
+    cos, sin = (torch.randn(1, _ROWS // 2, size, device=device).to(dtype) for _ in range(2))
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = (heads := x.view(2, -1, 3, size)).chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+        return (heads * cos.double()[:, :, None] + turned * sin.double()[:, :, None]).view(x.shape)
+
+    wanted, gradients = _with_gradients(rotate, x, x)
+    yield "rotated", [on_gpu.rotated(x, cos, sin, back=False)], [wanted]
+    yield "rotated back", [on_gpu.rotated(x, cos, sin, back=True)], gradients
+
+
+def _drawn(device: torch.device, dtype: torch.dtype, width: int) -> Tensor:
+    return torch.randn(_ROWS, width, device=device).to(dtype)
+
+
+def _with_gradients(
+    formula: Callable[..., Tensor], g: Tensor, *given: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The formula in float64, and the gradients of what it is given."""
+    with torch.enable_grad():
+        leaves = [each.detach().double().requires_grad_() for each in given]
+        value = formula(*leaves)
+    return value.detach(), torch.autograd.grad(value, leaves, g.double())
