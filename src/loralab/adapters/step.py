@@ -3,8 +3,9 @@
 `y = W x + s B A (m * x) / (1 - p)` with a dropout mask m. Kept for the backward pass: the input
 (once, where several layers read the same tensor) and eight bytes a row that bring m back. Not kept:
 `A x`, the masked input, the mask, the low-rank output. Masters A and B are fp32 and compute in the
-base's dtype. All that the pairs do is one call of a kernel (room native) where there is one, else
-torch's products, in the layouts that are fast on CPUs: `(h' g)'` and not `g' h` (benchmarks/LOG.md).
+base's dtype. All that the pairs do is one call of a kernel (room native) where there is one;
+elsewhere it is torch's products, in the layouts that are fast on CPUs: `(h' g)'` and not `g' h`
+(benchmarks/LOG.md).
 
 The plain formula is `layers.low_rank`; here it stands once more, with its gradient.
 """

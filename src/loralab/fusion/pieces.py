@@ -1,8 +1,8 @@
 """Batches whose tokens stand one after another, and the attention inside each of them.
 
 Rotary positions (2104.09864) are turned into queries and keys first, on a GPU by room native. Short
-rows on a CPU go through one call of room native, which keeps the projections alone; other attention is
-`attention`'s.
+rows on a CPU go through one call of room native, which keeps the projections alone; other attention
+is `attention`'s.
 """
 
 from dataclasses import dataclass
