@@ -248,7 +248,8 @@ def _given(mask: Mask | None, x: Rows) -> tuple[Tensor, Tensor]:
 def _run(kernel: str, grid: tuple[int, ...], x: Tensor, *given: Any, **constants: Any) -> None:
     if isinstance(x, FakeTensor) or not math.prod(grid):
         return
-    getattr(load_kernels(), kernel)[grid](x, *given, **constants)
+    with torch.cuda.device_of(x):  # Triton starts kernels on the current device
+        getattr(load_kernels(), kernel)[grid](x, *given, **constants)
 
 
 def _power(number: int) -> int:
