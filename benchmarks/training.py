@@ -6,7 +6,10 @@ take turns on the same batch, so that what else the machine does hits all; figur
     python benchmarks/training.py --json
     python benchmarks/training.py --json --arms full own --rounds 5
     python benchmarks/training.py --json --end-to-end       # a whole epoch against Trainer + PEFT
-    python benchmarks/training.py --json --device cuda --model meta-llama/Llama-3.2-1B
+    python benchmarks/training.py --json --device cuda --model llama-3.2-1b --tokens 256
+
+A preset's name (as `loralab plan` knows them) is a model with random weights: neither time nor
+memory depends on them. LORALAB_KERNELS=off runs our arms on torch's operations.
 
 Arms: full (plain transformers, AdamW), own (this project's whole step, dropout 0.1), own_full (its
 full fine-tuning), peft (default settings, the same dropout), peft_best (bf16 adapters, no dropout),
@@ -31,12 +34,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loralab.config import MethodSection, Task, TrainingSection
 from loralab.data import Encoded
 from loralab.measuring import peak_live_bytes
-from loralab.models import load_model
-from loralab.native import products
+from loralab.models import PRESETS, build_model, load_model
+from loralab.native import products, training as native
 from loralab.training import prepare, repeatable_step
 from training_epoch import measure_epochs
 
@@ -74,6 +78,7 @@ def main() -> None:
         "processor": platform.processor() or platform.machine(),
         "device": arguments.device,
         "threads": arguments.threads,
+        "kernels": native.build_name(torch.device(arguments.device)),
         "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
     }
     print(json.dumps(found, indent=None if arguments.json else 2))
@@ -107,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def build(name: str, arguments: argparse.Namespace) -> Arm:
     """The arm of that name with a model of its own."""
     task: Task = "causal" if name.endswith("causal") else "classification"
-    model = load_model(arguments.model, task=task, dtype=arguments.dtype)
+    model = _model(arguments, task)
     rows = _rows(arguments, task)
     if name.startswith("own"):
         return _own(name, model, rows, task, arguments)
@@ -165,6 +170,13 @@ def _plain(model: nn.Module, rows: list[Encoded], arguments: argparse.Namespace)
         adamw.zero_grad()
 
     return Arm(step, _storages(model))
+
+
+def _model(arguments: argparse.Namespace, task: Task) -> PreTrainedModel:
+    if arguments.model in PRESETS:
+        device = arguments.device
+        return build_model(arguments.model, task=task, dtype=arguments.dtype, device=device)
+    return load_model(arguments.model, task=task, dtype=arguments.dtype)
 
 
 def _rows(arguments: argparse.Namespace, task: Task) -> list[Encoded]:
@@ -230,7 +242,7 @@ def _ratios(
 
 def _floor(arguments: argparse.Namespace) -> float:
     """(2 + 3 rho) / 3, rho = adapter parameters / weights of the adapted layers."""
-    model = load_model(arguments.model, task="classification", dtype=arguments.dtype)
+    model = _model(arguments, "classification")
     linears = [
         m
         for n, m in model.named_modules()
