@@ -130,7 +130,7 @@ def test_a_whole_step_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     by_torch = gradients()
     assert len(by_torch) == len(factors) == 2 * 2 * 7
     for got, wanted in zip(by_kernels, by_torch, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_what_they_do_not_cover() -> None:
