@@ -8,6 +8,7 @@ import pytest
 from loralab.cli import main
 from loralab.config import load_config
 from loralab.errors import ConfigError, OutputError
+from loralab.runs import solo
 from loralab.runs.compare import compare
 from loralab.runs.tables import comparison_table
 
@@ -32,7 +33,10 @@ PAIR_KEYS = {"a", "b", "difference", "low", "high", "p", "detectable_difference"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, request):
-    """One comparison of all four methods, shared by the tests that only read it."""
+    """One comparison of all four methods, shared by the tests that only read it.
+
+    Three of them are measured in this process, which has its imports behind it.
+    """
     tiny, rows = request.getfixturevalue("tiny_model"), request.getfixturevalue("rows_csv")
     folder = tmp_path_factory.mktemp("comparison") / "contest"
     recipe = folder.parent / "recipe.toml"
@@ -44,12 +48,13 @@ def finished(tmp_path_factory, request):
         [data]
         train = "{rows}"
         max_tokens = 32
+        train_rows = 200
         [method]
         rank = 4
         frozen_layers = 1
         [training]
         batch_size = 16
-        epochs = 2
+        epochs = 1
         threads = 1
         cache_frozen_prefix = true
         [compare]
@@ -63,7 +68,14 @@ def finished(tmp_path_factory, request):
         """
     )
     config = load_config(recipe)
-    return config, folder, compare(config, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loralab.runs.compare.measure", measured)
+        return config, folder, compare(config, folder)
+
+
+def measured(config, *, num_steps):
+    place = solo.measure if config.method.kind == "lora" else solo.measure_here
+    return place(config, num_steps=num_steps)
 
 
 def test_the_document_has_what_it_promises(finished):
@@ -91,6 +103,15 @@ def test_the_document_has_what_it_promises(finished):
 def test_peak_memory_is_ordered_as_the_methods_are(finished):
     peaks = {row["method"]: row["peak_bytes"] for row in finished[2]["methods"]}
     assert peaks["head"] < peaks["frozen"] < peaks["full"]
+
+
+def test_a_fresh_process_takes_as_many_bytes_as_this_one(finished):
+    """Of which the first was the one that measured LoRA."""
+    _, folder, comparison = finished
+    [lora] = [row for row in comparison["methods"] if row["method"] == "lora"]
+    config = load_config(next((folder / "runs" / "lora").glob("*/config.toml")))
+    here = solo.measure_here(config, num_steps=1)
+    assert lora["peak_bytes"] == pytest.approx(here["peak_bytes"], rel=0.01)
 
 
 def test_the_head_rate_is_swept_first_and_shared(finished):
@@ -137,7 +158,7 @@ def test_a_started_comparison_reuses_every_finished_run(finished, tmp_path, monk
 
 def test_other_settings_are_refused_and_named(finished):
     config, folder, _ = finished
-    with pytest.raises(OutputError, match=r"training\.epochs: 2 there, 3 here"):
+    with pytest.raises(OutputError, match=r"training\.epochs: 1 there, 3 here"):
         compare(config.replace(training__epochs=3), folder)
 
 
