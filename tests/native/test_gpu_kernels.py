@@ -91,6 +91,13 @@ def test_equal_inputs_give_equal_bits() -> None:
         assert torch.equal(one[0], other[0])
 
 
+def test_no_rows_give_gradients_of_zero() -> None:
+    x, g, A, B = torch.ones(0, 32), torch.ones(0, 48), torch.ones(8, 32), torch.ones(48, 8)
+    grad_As, grad_Bs = native.pairs_backward(x, [A], [native.Pair(B, 1.0, g)], None, None)
+    assert torch.equal(grad_As[0], torch.zeros(8, 32))
+    assert torch.equal(grad_Bs[0], torch.zeros(48, 8))
+
+
 def test_a_whole_step_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

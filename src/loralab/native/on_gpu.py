@@ -186,7 +186,8 @@ def _outer(
     (num_rows, width), num_ranks = x.shape, a.shape[1]
     tile = _tile(x, num_ranks, rows=32, columns=128)
     columns, ranks = _ceil(width, tile["COLUMNS"]), _ceil(num_ranks, tile["RANKS"])
-    splits = min(_ceil(_SPLIT_PROGRAMS, columns * ranks), _ceil(num_rows, tile["ROWS"]))
+    most = max(1, _ceil(num_rows, tile["ROWS"]))
+    splits = min(_ceil(_SPLIT_PROGRAMS, columns * ranks), most)
     rows_per_split = _ceil(_ceil(num_rows, splits), tile["ROWS"]) * tile["ROWS"]
     shape = (width, num_ranks) if transposed else (num_ranks, width)
     out = x.new_empty(splits, *shape, dtype=torch.float32)
