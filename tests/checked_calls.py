@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, ForwardRef, Literal, get_args, get_origin
 
 import jaxtyping
-from beartype import beartype
-from jaxtyping import AbstractArray, jaxtyped
+from beartype import BeartypeConf, beartype
+from jaxtyping import AbstractArray, TypeCheckError, jaxtyped
+
+_check = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
 
 
 def install() -> None:
@@ -35,7 +37,7 @@ def _checked(thing: Any) -> Any:
     hints = [part for hint in thing.__annotations__.values() for part in _parts(hint)]
     if inspect.isgeneratorfunction(thing) or any(isinstance(h, str | ForwardRef) for h in hints):
         return jaxtyped(thing, typechecker=beartype)  # which knows what of these to leave out
-    checked = beartype(thing)
+    checked = _check(thing)
     if not any(inspect.isclass(hint) and issubclass(hint, AbstractArray) for hint in hints):
         return checked
 

@@ -7,7 +7,6 @@ import jaxtyping
 import pytest
 import torch
 from beartype import beartype
-from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
@@ -72,5 +71,5 @@ def test_what_agrees_passes() -> None:
     ],
 )
 def test_what_does_not_is_refused(wrong: Callable[[], object]) -> None:
-    with pytest.raises((BeartypeCallHintViolation, TypeCheckError)):
+    with pytest.raises(TypeCheckError):
         wrong()
