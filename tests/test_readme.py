@@ -19,6 +19,8 @@ from loralab.cli import main
 from loralab.imaging import BaseRecipe
 from loralab.runs.images import digits
 
+pytestmark = pytest.mark.xdist_group("tour")  # groups start first, and the tour is the longest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [

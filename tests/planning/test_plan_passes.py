@@ -76,11 +76,11 @@ def test_a_pass_shares_the_base_and_adds_up_the_activations(config_file) -> None
 
 def test_how_many_fit_and_what_would_help(config_file) -> None:
     config = settings(config_file("llama", num_hidden_layers=1), data__max_tokens=200)
-    configs = [config] * 3
-    rows = [rows_for(config)] * 3
-    two, three = (plan_pass(configs[:count], CPU).needed_bytes for count in (2, 3))
-    room = replace(CPU, capacity_bytes=(two + three) // 2)
-    assert most_runs(configs, room, rows) == 2
+    configs = [config] * 2
+    rows = [rows_for(config)] * 2
+    one, two = (plan_pass(configs[:count], CPU).needed_bytes for count in (1, 2))
+    room = replace(CPU, capacity_bytes=(one + two) // 2)
+    assert most_runs(configs, room, rows) == 1
     plan = plan_pass(configs, room, rows)
     assert not plan.fits
     found = {lever.settings: lever for lever in pass_levers(configs, plan, rows)}

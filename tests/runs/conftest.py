@@ -66,7 +66,7 @@ def rows_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def settings(tiny_model: Path, rows_csv: Path) -> Callable[..., RunConfig]:
     """Settings of a run of seconds; `section__key=value` changes one."""
 

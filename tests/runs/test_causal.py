@@ -63,7 +63,7 @@ def run(folder):
             "method": {"rank": 8, "alpha": 32.0},
             "training": {
                 "learning_rate": 2e-2,
-                "epochs": 15,
+                "epochs": 6,
                 "batch_size": 16,
                 "threads": 1,
                 "device": "cpu",

@@ -1,5 +1,6 @@
 """A run from settings to files, and everything that is refused before it starts."""
 
+import functools
 import json
 import tomllib
 
@@ -28,14 +29,23 @@ from loralab.training.step import Stepper
 METHODS = ["lora", "full", "frozen", "head"]
 
 
-@pytest.fixture
-def trained(settings, tmp_path):
-    return lambda **changes: train(settings(**changes), tmp_path / "run")
+pytestmark = pytest.mark.xdist_group("runs")  # one worker makes what its tests share
+
+
+@pytest.fixture(scope="module")
+def trained(settings, tmp_path_factory):
+    """The run of some settings, trained once for the tests that only read it."""
+
+    @functools.cache
+    def made(**changes):
+        return train(settings(**changes), tmp_path_factory.mktemp("trained") / "run")
+
+    return made
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_describes_itself_and_evaluates_to_the_same_again(method, trained, capsys):
-    run = trained(method__kind=method)
+    run = trained(method__kind=method, method__frozen_layers=1)
     assert run.finished
     assert parse_config(tomllib.loads((run.folder / "config.toml").read_text())) == run.config
     files = {path.name for path in run.folder.iterdir()}
@@ -49,12 +59,14 @@ def test_a_run_describes_itself_and_evaluates_to_the_same_again(method, trained,
 
 
 @pytest.mark.parametrize("speedup", [0.1, 2.0])
-def test_an_automatic_dtype_is_measured_once_and_written_down(speedup, trained, monkeypatch):
+def test_an_automatic_dtype_is_measured_once_and_written_down(
+    speedup, settings, tmp_path, monkeypatch
+):
     half = speedup > 1
     rate = {torch.float32: 1.0, torch.bfloat16: speedup}
     monkeypatch.setattr(precision, "_products_per_second", lambda _device, dtype: rate[dtype])
     precision.choose_dtype.cache_clear()
-    run = trained(model__dtype="auto", method__kind="lora")
+    run = train(settings(model__dtype="auto"), tmp_path / "run")
     assert run.config.model.dtype == ("bfloat16" if half else "float32")
     stored = tomllib.loads((run.folder / "config.toml").read_text())
     assert stored["model"]["dtype"] == run.config.model.dtype
@@ -72,8 +84,9 @@ def test_automatic_compiling_is_timed_once_and_written_down(
     monkeypatch.setattr(compiling, "FEWEST_STEPS", 1)
     monkeypatch.setattr(compiling, "LIKELY_COMPILE_SECONDS", 0.0)
     monkeypatch.setattr(compiling, "CLEARLY_FASTER", 1e9 if setting == "on" else 0.0)
-    chosen = train(settings(training__compile="auto"), tmp_path / "chosen")
-    given = train(settings(training__compile=setting), tmp_path / "given")
+    few = {"data__train_rows": 64, "training__epochs": 1}
+    chosen = train(settings(training__compile="auto", **few), tmp_path / "chosen")
+    given = train(settings(training__compile=setting, **few), tmp_path / "given")
     stored = tomllib.loads((chosen.folder / "config.toml").read_text())
     assert stored["training"]["compile"] == setting
     assert chosen.manifest["compile"]["setting"] == setting
@@ -106,7 +119,8 @@ def test_only_what_the_method_trains_differs_from_the_base(method, trained, sett
 
 
 def test_the_same_settings_give_the_same_bytes(settings, tmp_path):
-    runs = [train(settings(method__dropout=0.1), tmp_path / name) for name in "ab"]
+    config = settings(method__dropout=0.1, data__train_rows=200)
+    runs = [train(config, tmp_path / name) for name in "ab"]
     one, two = (load_file(run.artifact / "adapter_model.safetensors") for run in runs)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -115,9 +129,10 @@ def test_the_same_settings_give_the_same_bytes(settings, tmp_path):
 
 
 def test_methods_see_the_same_batches_in_the_same_order(settings, tmp_path):
-    runs = [train(settings(method__kind=m), tmp_path / m, splits=()) for m in METHODS]
+    config = settings(data__train_rows=100)
+    runs = [train(config.replace(method__kind=m), tmp_path / m, splits=()) for m in METHODS]
     assert len({run.manifest["order_hash"] for run in runs}) == 1
-    other = train(settings(training__seed=1), tmp_path / "other", splits=())
+    other = train(config.replace(training__seed=1), tmp_path / "other", splits=())
     assert other.manifest["order_hash"] != runs[0].manifest["order_hash"]
 
 
