@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from served_adapters import llama, tokenizer, write_adapter_folder
 from served_http import Server, serving
 
 from loralab.runs.export import export
 from loralab.runs.probe import probe
+from loralab.serving.http import create_app
+
+pytestmark = pytest.mark.xdist_group("probed")  # one worker makes what its tests share
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,16 @@ def test_the_probe_tells_what_the_server_applies(
     found = probe(server.url, world / "exported", model=model)
     assert found["verdict"] == verdict, found
     assert "(echo)" in found["checked"]
+
+
+def test_routes_are_made_before_requests_come(server: Server, monkeypatch) -> None:
+    def made(**_: object) -> None:
+        raise AssertionError("a request waits for it")
+
+    app = create_app(server.service)
+    monkeypatch.setattr("fastapi.routing.get_dependant", made)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        assert client.get("/v1/models").status_code == 200
 
 
 def test_the_server_tells_the_probe_its_base(world: Path, server: Server) -> None:

@@ -33,4 +33,5 @@ def create_app(service: Service, *, hosts: Sequence[str] = LOOPBACK) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=limits.body_bytes, seconds=limits.body_seconds)
     if not service.keys.callers:
         app.add_middleware(HostCheck, hosts=hosts)
+    app.openapi()  # makes the routes here, which otherwise the first request waits for
     return app
