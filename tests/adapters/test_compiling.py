@@ -9,6 +9,7 @@ from peft_oracle import shake
 from torch._dynamo.testing import CompileCounterWithBackend
 from zoo import build, inputs, logits
 
+import loralab.training  # noqa: F401  which has transformers ask for no padding
 from loralab.adapters import LoRAConfig, adapter_parameters, attach, use
 from loralab.errors import RouteError
 

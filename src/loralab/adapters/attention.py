@@ -14,6 +14,7 @@ from loralab.adapters.doubles import double, plain_tensors
 from loralab.adapters.items import Pair, replacements
 from loralab.adapters.routes import Mix, Route
 from loralab.errors import RouteError
+from loralab.placement import send
 
 OUTPUT = "out_proj"
 WEIGHTS = {"": "in_proj_weight", OUTPUT: "out_proj.weight"}
@@ -67,7 +68,7 @@ def run_by_mix(
         else:
             results.append(base(*positional, **named))
         order.extend(rows)
-    back = torch.tensor(order, device=query.device).argsort()
+    back = send(torch.tensor(order).argsort(), query.device)
     outputs = torch.cat([output for output, _ in results], dim=dimension)
     outputs = outputs.index_select(dimension, back)
     if any(weights is None for _, weights in results):

@@ -25,6 +25,7 @@ from loralab.adapters.routes import Mix, Probe, Route
 from loralab.adapters.rows import move_rows_first, row_dimension
 from loralab.adapters.step import low_rank_step
 from loralab.errors import RouteError
+from loralab.placement import send
 
 Forward = Callable[..., Any]
 
@@ -202,4 +203,4 @@ def _run_by_mix(
     widest = max(y.shape[-1] for y in outputs)
     if any(y.shape[-1] < widest for y in outputs):  # heads of several sizes
         outputs = [F.pad(y, (0, widest - y.shape[-1])) for y in outputs]
-    return torch.cat(outputs).index_select(0, torch.tensor(order, device=x.device).argsort())
+    return torch.cat(outputs).index_select(0, send(torch.tensor(order).argsort(), x.device))

@@ -20,6 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from loralab.errors import RouteError, nearest
+from loralab.placement import send
 
 Mix = tuple[tuple[str, float], ...]  # (adapter, weight); () is the base alone
 Entry = str | Mapping[str, float | int] | None
@@ -108,7 +109,7 @@ class Route:
     def _made_once(self, values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = (id(values), device, dtype)  # hashing thousands of numbers costs more than a look
         if key not in self._indices:  # the values are kept, so that no others take their id
-            self._indices[key] = values, torch.tensor(values, dtype=dtype, device=device)
+            self._indices[key] = values, send(torch.tensor(values, dtype=dtype), device)
         return self._indices[key][1]
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -33,6 +34,8 @@ def _without_looking(make: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(make)
     def mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a compiler would stop at the context variable
+            return make(*args, attention_mask=attention_mask, **kwargs)
         is_padded = _is_padded.get()
         if is_padded:
             kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
