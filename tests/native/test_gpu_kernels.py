@@ -13,9 +13,11 @@ import pytest
 import torch
 from laws import assert_near, check_gates, check_norm, check_pairs, doubles
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loralab.adapters import LoRAConfig, adapter_parameters, attach, use
+from loralab.adapters import LoRAConfig, SharedInput, adapter_parameters, attach, use
+from loralab.adapters.step import Part, low_rank_step
 from loralab.fusion import fused, matching_blocks
 from loralab.fusion.pieces import Angles, rotate, rotate_back
 from loralab.native import on_gpu, training as native
@@ -183,6 +185,23 @@ def test_a_kernel_that_gives_wrong_numbers_is_found_out(
         "training in torch.float32 runs on torch's operations: "
         f"the kernel norm_backward gives wrong numbers on {torch.ones(1).device}"
     ]
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_they_are_tried_out_wherever_rows_come_first() -> None:
+    """In an evaluation, and in a forward whose kept tensors are counted and made again."""
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        assert native.covers(torch.ones(4, 32))
+    assert torch.equal(torch.get_rng_state(), before)
+    on_gpu.is_usable.cache_clear()
+    weight, A, B = torch.randn(48, 32), torch.randn(4, 32), torch.randn(48, 4)
+    shared = SharedInput((weight,), (None,), (Part((0.5,)),))
+    x = torch.randn(5, 32, requires_grad=True)
+    (y,) = checkpoint(low_rank_step, x, shared, [A, B], use_reentrant=False)
+    (grad_x,) = torch.autograd.grad(y.sum(), x)
+    assert on_gpu.is_usable.cache_info().misses == 1
+    assert_near(grad_x, (weight + 0.5 * B @ A).sum(0).expand(5, 32))
 
 
 @pytest.mark.usefixtures("forgotten")

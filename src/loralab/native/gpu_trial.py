@@ -1,10 +1,13 @@
 """The kernels of a GPU tried out against torch's operations, before a training relies on them."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd.graph import saved_tensors_hooks
 
 from loralab.native import on_gpu
 from loralab.native.pairs import ACTIVATIONS, Mask, Pair
@@ -30,22 +33,33 @@ class WrongKernelError(Exception):
 
 def try_out(device: torch.device, dtype: torch.dtype) -> None:
     """Runs every kernel on random numbers. Raises `WrongKernelError`, and what compilers raise."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    source = Generator(device).manual_seed(0)
+    with _undisturbed():
         for trial in (_pairs, _norm, _gates, _rotation):
-            for name, got, wanted in trial(device, dtype):
+            for name, got, wanted in trial(source, dtype):
                 for each, right in zip(got, wanted, strict=True):
                     error = (each.double() - right).norm()
                     if not error <= _TOLERANCES[dtype] * right.norm():
                         raise WrongKernelError(f"the kernel {name} gives wrong numbers on {device}")
 
 
-def _pairs(device: torch.device, dtype: torch.dtype) -> Trial:
-    x, y, g = (_drawn(device, dtype, width) for width in (_WIDTH, _OUT, _OUT))
-    A, B = torch.randn(_RANK, _WIDTH, device=device), torch.randn(_OUT, _RANK, device=device)
-    flips = torch.randint(2, (4 * _WIDTH,), device=device).to(torch.uint8)
-    mask = Mask(flips, torch.randint(3 * _WIDTH, (_ROWS,), device=device))
-    kept = flips.unfold(0, _WIDTH, 1)[mask.places].double()
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Inside, gradients are had wherever the first rows came from: a validation, a plan, a
+    checkpointed forward, which would count what autograd keeps here as its own."""
+    with ExitStack() as stack:
+        stack.enter_context(unset_fake_temporarily())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(saved_tensors_hooks(lambda kept: kept, lambda kept: kept))
+        yield
+
+
+def _pairs(source: Generator, dtype: torch.dtype) -> Trial:
+    x, y, g = (_drawn(source, dtype, _ROWS, width) for width in (_WIDTH, _OUT, _OUT))
+    A, B = (_drawn(source, torch.float32, *size) for size in ((_RANK, _WIDTH), (_OUT, _RANK)))
+    flips = torch.randint(2, (4 * _WIDTH,), generator=source, device=source.device).to(torch.uint8)
+    places = torch.randint(3 * _WIDTH, (_ROWS,), generator=source, device=source.device)
+    mask, kept = Mask(flips, places), flips.unfold(0, _WIDTH, 1)[places].double()
     added, gradients = _with_gradients(lambda x, A, B: 0.5 * (kept * x) @ A.mT @ B.mT, g, x, A, B)
     wanted = y.double() + added
     on_gpu.add_pairs(x, [A], [Pair(B, 0.5, y)], mask)
@@ -55,9 +69,9 @@ def _pairs(device: torch.device, dtype: torch.dtype) -> Trial:
     yield "pairs_backward", [grad_x, *found[0], *found[1]], gradients
 
 
-def _norm(device: torch.device, dtype: torch.dtype) -> Trial:
-    x, g, beside = (_drawn(device, dtype, _WIDTH) for _ in range(3))
-    gain = torch.randn(_WIDTH, device=device).to(dtype)
+def _norm(source: Generator, dtype: torch.dtype) -> Trial:
+    x, g, beside = (_drawn(source, dtype, _ROWS, _WIDTH) for _ in range(3))
+    gain = _drawn(source, dtype, _WIDTH)
     wanted, gradients = _with_gradients(
         lambda x: F.rms_norm(x, (_WIDTH,), gain.double(), 1e-5), g, x
     )
@@ -67,9 +81,9 @@ def _norm(device: torch.device, dtype: torch.dtype) -> Trial:
     yield "norm_backward", [grad_x], [gradients[0] + beside.double()]
 
 
-def _gates(device: torch.device, dtype: torch.dtype) -> Trial:
+def _gates(source: Generator, dtype: torch.dtype) -> Trial:
     for number, name in enumerate(ACTIVATIONS):
-        gate, up, g = (_drawn(device, dtype, _WIDTH) for _ in range(3))
+        gate, up, g = (_drawn(source, dtype, _ROWS, _WIDTH) for _ in range(3))
         wanted, gradients = _with_gradients(
             lambda gate, up, act=_FUNCTIONS[name]: act(gate) * up, g, gate, up
         )
@@ -77,9 +91,9 @@ def _gates(device: torch.device, dtype: torch.dtype) -> Trial:
         yield f"gated_backward ({name})", on_gpu.gated_backward(g, gate, up, number), gradients
 
 
-def _rotation(device: torch.device, dtype: torch.dtype) -> Trial:
-    x, size = _drawn(device, dtype, _WIDTH), _WIDTH // 3
-    cos, sin = (torch.randn(1, _ROWS // 2, size, device=device).to(dtype) for _ in range(2))
+def _rotation(source: Generator, dtype: torch.dtype) -> Trial:
+    x, size = _drawn(source, dtype, _ROWS, _WIDTH), _WIDTH // 3
+    cos, sin = (_drawn(source, dtype, 1, _ROWS // 2, size) for _ in range(2))
 
     def rotate(x: Tensor) -> Tensor:
         first, second = (heads := x.view(2, -1, 3, size)).chunk(2, dim=-1)
@@ -91,8 +105,9 @@ def _rotation(device: torch.device, dtype: torch.dtype) -> Trial:
     yield "rotated back", [on_gpu.rotated(x, cos, sin, back=True)], gradients
 
 
-def _drawn(device: torch.device, dtype: torch.dtype, width: int) -> Tensor:
-    return torch.randn(_ROWS, width, device=device).to(dtype)
+def _drawn(source: Generator, dtype: torch.dtype, *size: int) -> Tensor:
+    wide = torch.randn(size, generator=source, device=source.device, dtype=torch.float32)
+    return wide.to(dtype)
 
 
 def _with_gradients(
