@@ -12,7 +12,6 @@ from loralab.adapters import EVERY_ROW, member_in_force
 from loralab.fusion.block import Block, BlockStep
 from loralab.fusion.pattern import Matched, read_call
 from loralab.fusion.pieces import Piece, Positions
-from loralab.fusion.watching import own_modules
 
 
 @contextmanager
@@ -75,8 +74,7 @@ def _formula(matched: Matched, x: Tensor) -> tuple[Block, list[Tensor]] | None:
     members = [[m for module in group if (m := member_in_force(module))] for group in groups]
     if [len(group) for group in members] != [len(group) for group in groups]:
         return None
-    inner = (module for module in own_modules(matched.module) if module is not matched.module)
-    if any(_has_hooks(module) for module in inner) or _trains_norms(matched):
+    if any(_has_hooks(module) for module in matched.inner) or _trains_norms(matched):
         return None
     if torch.is_autocast_enabled(x.device.type):
         return None

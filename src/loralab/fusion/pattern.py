@@ -43,6 +43,7 @@ class Matched:
     """A block that the formula was found to hold for."""
 
     module: nn.Module
+    inner: tuple[nn.Module, ...]  # its own, without what they host of adapters
     parts: Parts
     norms: Norms
     gate: Gate
@@ -130,7 +131,8 @@ def _match(layer: nn.Module, seen: Sequence[Seen]) -> Matched | None:
     members = [[m for module in group if (m := base_member(module))] for group in parts.linears]
     if not _fits_heads(members[0], calls[0].angles):
         return None
-    found = Matched(layer, parts, norms, gate_of(parts.activation), is_last=False)
+    inner = tuple(module for module in own_modules(layer) if module is not layer)
+    found = Matched(layer, inner, parts, norms, gate_of(parts.activation), is_last=False)
     built = found.block(members)
     if built is None:
         return None

@@ -6,7 +6,7 @@ Given fake tensors (a plan), the calls make all they would make, and run nothing
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ MOST_COLUMNS = 1 << 15
 """Of rows, which one program norms or rotates whole."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SPLIT_PROGRAMS = 256
-"""About how many programs sum up `outer`, so that the largest GPUs have work for all."""
+_SPLIT_PROGRAMS = 128
+"""About how many programs sum up rows, so that the largest GPUs have work for all."""
 _MOST_RANKS = 64
 _FLAT = 1024
 
@@ -80,7 +80,7 @@ def add_pairs(
 ) -> None:
     """To the rows of each pair `s B A (m * x)`, in place."""
     hidden = _contracted(x, stacked(As), mask)
-    for pair, h in zip(pairs, hidden.split([len(A) for A in As], dim=1), strict=True):
+    for pair, h in zip(pairs, hidden.split([A.shape[0] for A in As], dim=1), strict=True):
         _expand(h, pair.B.mT, pair.rows, scale=pair.scale, added=True)
 
 
@@ -92,17 +92,24 @@ def pairs_backward(
     grad_x: Rows | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients of every A and every B; that of `x` through the pairs goes to `grad_x`."""
-    A, ranks = stacked(As), [len(A) for A in As]
+    A, ranks = stacked(As), [A.shape[0] for A in As]
     hidden = _contracted(x, A, mask)
-    grad_hidden, grad_Bs = torch.empty_like(hidden), []
+    grad_hidden = torch.empty_like(hidden)
+    sizes = [A.numel(), *(pair.B.numel() for pair in pairs)]
+    sums = x.new_empty(_num_splits(x, pairs), sum(sizes), dtype=torch.float32)
+    of_A, *of_Bs = sums.split(sizes, dim=1)
     columns = zip(hidden.split(ranks, dim=1), grad_hidden.split(ranks, dim=1), strict=True)
-    for pair, (h, grad_h) in zip(pairs, columns, strict=True):
+    for pair, of_B, (h, grad_h) in zip(pairs, of_Bs, columns, strict=True):
         _contract(pair.rows, pair.B.mT, grad_h, scale=pair.scale)
-        grad_Bs.append(_outer(h, pair.rows, scale=pair.scale, transposed=True))
-    grad_A = _outer(grad_hidden, x, mask)
+        _outer(h, pair.rows, of_B, scale=pair.scale, transposed=True)
+    _outer(grad_hidden, x, of_A, mask)
     if grad_x is not None:
         _expand(grad_hidden, A, grad_x, mask)
-    return list(grad_A.split(ranks)), grad_Bs
+    grad_A, *grad_Bs = sums.sum(0).split(sizes)
+    return (
+        list(grad_A.view(A.shape).split(ranks)),
+        [grad.view(pair.B.shape) for grad, pair in zip(grad_Bs, pairs, strict=True)],
+    )
 
 
 def norm(x: Rows, gain: Float[Tensor, " width"], epsilon: float) -> tuple[Rows, Tensor]:
@@ -159,7 +166,7 @@ def rotated(
 
 
 def _contracted(x: Rows, F: Tensor, mask: Mask | None) -> Float[Tensor, "rows ranks"]:
-    out = x.new_empty(len(x), len(F))
+    out = x.new_empty(x.shape[0], F.shape[0])
     _contract(x, F, out, mask)
     return out
 
@@ -168,34 +175,38 @@ def _contract(
     x: Rows, F: Tensor, out: Tensor, mask: Mask | None = None, *, scale: float | int = 1
 ) -> None:
     """`out = s (m * x) F'`; a large F is read from fewer programs, each of more rows."""
-    tile = _tile(x, len(F), rows=32, columns=128)
-    grid = (_ceil(len(x), tile["ROWS"]), _ceil(len(F), tile["RANKS"]))
-    sizes = (*x.shape, len(F), *F.stride(), out.stride(0), float(scale))
+    num_ranks = F.shape[0]
+    tile = _tile(x.dtype, num_ranks, rows=32, columns=128)
+    grid = (_ceil(x.shape[0], tile["ROWS"]), _ceil(num_ranks, tile["RANKS"]))
+    sizes = (*x.shape, num_ranks, *F.stride(), out.stride(0), float(scale))
     _run("contract", grid, x, F, out, *_given(mask, x), *sizes, MASKED=mask is not None, **tile)
 
 
 def _outer(
     a: Tensor,
     x: Rows,
+    sums: Float[Tensor, "splits numbers"],
     mask: Mask | None = None,
     *,
     scale: float | int = 1,
     transposed: bool = False,
-) -> Float[Tensor, "_ _"]:
-    """`s a' (m * x)` in fp32, or its transpose; rows are summed up in splits, then these."""
-    (num_rows, width), num_ranks = x.shape, a.shape[1]
-    tile = _tile(x, num_ranks, rows=32, columns=128)
-    columns, ranks = _ceil(width, tile["COLUMNS"]), _ceil(num_ranks, tile["RANKS"])
-    most = max(1, _ceil(num_rows, tile["ROWS"]))
-    splits = min(_ceil(_SPLIT_PROGRAMS, columns * ranks), most)
+) -> None:
+    """`s a' (m * x)` of each split of the rows to a row of `sums`, or its transpose."""
+    num_rows, num_columns = x.shape
+    num_ranks, splits = a.shape[1], sums.shape[0]
+    tile = _tile(x.dtype, num_ranks, rows=32, columns=128)
     rows_per_split = _ceil(_ceil(num_rows, splits), tile["ROWS"]) * tile["ROWS"]
-    shape = (width, num_ranks) if transposed else (num_ranks, width)
-    out = x.new_empty(splits, *shape, dtype=torch.float32)
-    strides = (out.stride(0), *(reversed(out.stride()[1:]) if transposed else out.stride()[1:]))
-    sizes = (num_rows, width, num_ranks, a.stride(0), *strides, float(scale), rows_per_split)
-    grid = (columns, ranks, splits)
-    _run("outer", grid, a, x, out, *_given(mask, x), *sizes, MASKED=mask is not None, **tile)
-    return out[0] if splits == 1 else out.sum(0)
+    strides = (1, num_ranks) if transposed else (num_columns, 1)
+    sizes = (*x.shape, num_ranks, a.stride(0), sums.stride(0), *strides, float(scale))
+    grid = (_ceil(num_columns, tile["COLUMNS"]), _ceil(num_ranks, tile["RANKS"]), splits)
+    masked = mask is not None
+    _run("outer", grid, a, x, sums, *_given(mask, x), *sizes, rows_per_split, MASKED=masked, **tile)
+
+
+def _num_splits(x: Rows, pairs: Sequence[Pair]) -> int:
+    """Into how many splits rows are summed up: more where few columns leave processors idle."""
+    columns = min(x.shape[1], max(pair.rows.shape[1] for pair in pairs))
+    return min(_ceil(_SPLIT_PROGRAMS, _ceil(columns, 128)), max(1, _ceil(x.shape[0], 32)))
 
 
 def _expand(
@@ -208,22 +219,24 @@ def _expand(
     added: bool = False,
 ) -> None:
     """`y = s m * (a F)`, or that added to y."""
-    tile = _tile(y, len(F), rows=64, columns=128)
-    grid = (_ceil(len(y), tile["ROWS"]), _ceil(y.shape[1], tile["COLUMNS"]))
-    sizes = (*y.shape, len(F), a.stride(0), *F.stride(), float(scale))
+    num_ranks = F.shape[0]
+    tile = _tile(y.dtype, num_ranks, rows=64, columns=128)
+    grid = (_ceil(y.shape[0], tile["ROWS"]), _ceil(y.shape[1], tile["COLUMNS"]))
+    sizes = (*y.shape, num_ranks, a.stride(0), *F.stride(), float(scale))
     switches = {"ADDED": added, "MASKED": mask is not None}
     _run("expand", grid, a, F, y, *_given(mask, y), *sizes, **switches, **tile, num_stages=1)
 
 
-def _tile(x: Rows, num_ranks: int, *, rows: int, columns: int) -> dict[str, Any]:
+@functools.cache
+def _tile(dtype: torch.dtype, num_ranks: int, *, rows: int, columns: int) -> Mapping[str, Any]:
     """Tiles whose sides are powers of two, 16 at least; fp32 takes half the columns."""
-    is_wide = x.dtype == torch.float32
+    is_wide = dtype == torch.float32
     kernels = load_kernels()
     return {
         "ROWS": rows,
         "COLUMNS": columns // 2 if is_wide else columns,
         "RANKS": max(16, min(_MOST_RANKS, _power(num_ranks))),
-        "DOT": None if kernels is None else kernels.dot_type(x.dtype),
+        "DOT": None if kernels is None else kernels.dot_type(dtype),
         "num_warps": 8 if is_wide else 4,
     }
 

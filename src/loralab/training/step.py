@@ -117,7 +117,8 @@ class Stepper:
         accumulation equals the big batch.
         """
         training, total = self._trainable.training, total_targets(rows)
-        self._trainable.model.train()
+        if not self._trainable.model.training:  # which takes a while in Python
+            self._trainable.model.train()
         with dropout_stream(training.seed, step, self._trainable.device):
             losses = (self._backward(piece, total) for piece in pieces_of(rows, training))
             return sum(losses, start=torch.zeros(()))
