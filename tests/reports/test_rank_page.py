@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from loralab.reports.cost_chart import cost_chart
+from loralab.reports.charts import INK
+from loralab.reports.cost_chart import cost_chart, level_line
 from loralab.reports.page import render_page
 from loralab.reports.rank import rank_page
 
@@ -79,3 +80,15 @@ def test_an_axis_of_sizes_has_several_of_them(least: int, span: int) -> None:
     )  # fmt: skip
     values = chart["layer"][0]["encoding"]["x"]["axis"].get("values")
     assert values is None or sum(least <= value <= least * span for value in values) >= 2
+
+
+def test_what_is_drawn_in_ink_is_legible_on_dark_pages() -> None:
+    line, words = level_line(0.01, "lost", "tolerance")
+    assert line["mark"]["color"] == words["mark"]["color"] == INK
+    page = Reader(render_page(rank_page(document())))
+    for chart in page.charts.values():
+        assert chart["config"]["axis"]["labelColor"] == INK
+        assert chart["config"]["legend"]["labelColor"] == INK
+    [sheet] = page.styles
+    for part in ("fill", "stroke"):
+        assert f'.chart [{part}="{INK}"] {{ {part}: var(--ink-2); }}' in sheet

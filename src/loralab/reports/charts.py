@@ -28,7 +28,7 @@ _SHAPE_PATHS = {
     "diamond": "M6 .8 11.2 6 6 11.2 .8 6Z",
     "cross": "M4.4 1h3.2v3.4H11v3.2H7.6V11H4.4V7.6H1V4.4h3.4Z",
 }
-INK, _RULE = "#3d4650", "#dfe3e8"
+INK, _RULE = "#3d4650", "#dfe3e8"  # report.css knows the ink by its number
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 # Vega expressions that write an axis value, by what the axis measures.
 AXIS_LABELS = {
@@ -322,4 +322,5 @@ _CONFIG: Spec = {
         "titlePadding": 8,
     },
     "axisX": {"domain": True, "domainColor": _RULE},
+    "legend": {"labelColor": INK, "titleColor": INK},
 }
