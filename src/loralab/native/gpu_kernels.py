@@ -23,13 +23,19 @@ INTERPRETED: bool = knobs.runtime.interpret
 """Whether Triton runs these functions in Python, on a CPU, for tests."""
 
 
+kernel = triton.jit(
+    do_not_specialize=["num_rows", "angle_rows"], do_not_specialize_on_alignment=["places"]
+)
+"""Compiled once, however many rows a batch has and wherever an adapter's begin in it."""
+
+
 def dot_type(dtype: torch.dtype) -> tl.dtype:
     """In which type tiles are multiplied: the rows' own; the interpreter knows no bf16."""
     known = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     return tl.float32 if INTERPRETED else known.get(dtype, tl.float32)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def contract(
     x, F, out, flips, places, num_rows, num_columns, num_ranks, F_rank, F_column, out_row, scale,
@@ -51,7 +57,7 @@ def contract(
     tl.store(out + at, (total * scale).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def outer(
     a, x, out, flips, places, num_rows, num_columns, num_ranks, a_row, out_split, out_rank,
@@ -72,11 +78,11 @@ def outer(
         thin = _thin_tile(a, rows, ranks, num_rows, num_ranks, a_row, DOT=DOT)
         total = tl.dot(tl.trans(thin), values, total, input_precision="ieee")
     inside = (ranks < num_ranks)[:, None] & (columns < num_columns)[None, :]
-    at = split * out_split + ranks[:, None] * out_rank + columns[None, :] * out_column
+    at = split.to(tl.int64) * out_split + ranks[:, None] * out_rank + columns[None, :] * out_column
     tl.store(out + at, total * scale, mask=inside)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def expand(
     a, F, y, flips, places, num_rows, num_columns, num_ranks, a_row, F_rank, F_column, scale,
@@ -101,7 +107,7 @@ def expand(
     tl.store(at, total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def norm(
     x, gain, n, inverse, num_rows, num_columns, epsilon,
@@ -116,7 +122,7 @@ def norm(
     tl.store(inverse + rows, root, mask=rows < num_rows)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def norm_backward(
     g, x, inverse, gain, beside, grad_x, num_rows, num_columns,
@@ -134,7 +140,7 @@ def norm_backward(
     tl.store(grad_x + at, total.to(grad_x.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def gated(gate, up, out, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -145,7 +151,7 @@ def gated(gate, up, out, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + at, (activated * others).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def gated_backward(
     g, gate, up, grad_gate, grad_up, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
@@ -161,7 +167,7 @@ def gated_backward(
     tl.store(grad_up + at, (gradient * activated).to(dtype), mask=inside)
 
 
-@triton.jit
+@kernel
 @no_type_check
 def rotated(
     x, cos, sin, out, num_columns, angle_rows, BACK: tl.constexpr, SIZE: tl.constexpr,
