@@ -1,5 +1,6 @@
 """The X-ray against dense SVDs, planted spectra, PEFT's adapters and merged models."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,9 @@ def test_a_tuned_checkpoint_becomes_the_best_adapter_of_its_rank() -> None:
     assert {module.numerical_rank for module in found.modules} == {3}
     assert len(found.others) == 9 and found.rank is None
     assert summarise(found)[0].startswith("Full rank, but 90 % of the change lies in")
+    assert any(line.startswith("9 more tensors are replaced") for line in summarise(found))
+    one = replace(found, others=found.others[:1])
+    assert any(line.startswith("1 more tensor is replaced") for line in summarise(one))
 
 
 def test_the_extracted_adapter_on_the_base_is_the_tuned_model(tmp_path: Path) -> None:

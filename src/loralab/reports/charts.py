@@ -316,6 +316,7 @@ _CONFIG: Spec = {
         "labelColor": INK,
         "labelFontSize": 11,
         "labelPadding": 5,
+        "labelSeparation": 3,
         "titleColor": INK,
         "titleFontSize": 11,
         "titleFontWeight": "normal",

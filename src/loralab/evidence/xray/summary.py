@@ -169,8 +169,10 @@ def _others(found: XRay) -> Iterator[str]:
     pairs = sum(module.num_bytes for module in found.modules)
     rest = sum(other.num_bytes for other in found.others)
     roles = sorted({other.role for other in found.others})
+    count = len(found.others)
+    more = "1 more tensor is" if count == 1 else f"{count} more tensors are"
     yield (
-        f"{len(found.others)} tensors more are replaced whole ({', '.join(roles)}):"
+        f"{more} replaced whole ({', '.join(roles)}):"
         f" {rest / (pairs + rest):.0%} of the adapter's bytes."
     )
 
