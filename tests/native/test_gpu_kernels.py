@@ -188,6 +188,23 @@ def test_a_kernel_that_gives_wrong_numbers_is_found_out(
 
 
 @pytest.mark.usefixtures("forgotten")
+def test_tiles_that_a_gpu_has_no_room_for_are_found_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = on_gpu._run
+
+    def short_of_memory(name: str, *given: Any, **constants: Any) -> None:
+        if constants.get("RANKS") == 64:
+            raise RuntimeError("out of resource: shared memory")
+        run(name, *given, **constants)
+
+    monkeypatch.setattr(on_gpu, "_run", short_of_memory)
+    with caplog.at_level(logging.WARNING, "loralab"):
+        assert not native.covers(torch.ones(4, 32))
+    assert "runs on torch's operations: out of resource: shared memory" in caplog.text
+
+
+@pytest.mark.usefixtures("forgotten")
 def test_they_are_tried_out_wherever_rows_come_first() -> None:
     """In an evaluation, and in a forward whose kept tensors are counted and made again."""
     before = torch.get_rng_state()

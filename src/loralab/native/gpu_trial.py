@@ -15,7 +15,10 @@ from loralab.native.pairs import ACTIVATIONS, Mask, Pair
 _TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative errors (2-norms) that rounding can cause."""
 
-_ROWS, _WIDTH, _OUT, _RANK = 72, 96, 160, 8
+_ROWS, _WIDTH, _OUT = 72, 96, 160
+
+_RANKS = {8: True, 64: False}
+"""Of the smallest tiles and of the largest, which a GPU may have no room for; whether masked."""
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -55,18 +58,22 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _pairs(source: Generator, dtype: torch.dtype) -> Trial:
-    x, y, g = (_drawn(source, dtype, _ROWS, width) for width in (_WIDTH, _OUT, _OUT))
-    A, B = (_drawn(source, torch.float32, *size) for size in ((_RANK, _WIDTH), (_OUT, _RANK)))
     flips = torch.randint(2, (4 * _WIDTH,), generator=source, device=source.device).to(torch.uint8)
     places = torch.randint(3 * _WIDTH, (_ROWS,), generator=source, device=source.device)
-    mask, kept = Mask(flips, places), flips.unfold(0, _WIDTH, 1)[places].double()
-    added, gradients = _with_gradients(lambda x, A, B: 0.5 * (kept * x) @ A.mT @ B.mT, g, x, A, B)
-    wanted = y.double() + added
-    on_gpu.add_pairs(x, [A], [Pair(B, 0.5, y)], mask)
-    yield "add_pairs", [y], [wanted]
-    grad_x = torch.empty_like(x)
-    found = on_gpu.pairs_backward(x, [A], [Pair(B, 0.5, g)], mask, grad_x)
-    yield "pairs_backward", [grad_x, *found[0], *found[1]], gradients
+    for rank, is_masked in _RANKS.items():
+        x, y, g = (_drawn(source, dtype, _ROWS, width) for width in (_WIDTH, _OUT, _OUT))
+        A, B = (_drawn(source, torch.float32, *size) for size in ((rank, _WIDTH), (_OUT, rank)))
+        mask = Mask(flips, places) if is_masked else None
+        kept = flips.unfold(0, _WIDTH, 1)[places].double() if is_masked else 1
+        added, gradients = _with_gradients(
+            lambda x, A, B, kept=kept: 0.5 * (kept * x) @ A.mT @ B.mT, g, x, A, B
+        )
+        wanted = y.double() + added
+        on_gpu.add_pairs(x, [A], [Pair(B, 0.5, y)], mask)
+        yield "add_pairs", [y], [wanted]
+        grad_x = torch.empty_like(x)
+        found = on_gpu.pairs_backward(x, [A], [Pair(B, 0.5, g)], mask, grad_x)
+        yield "pairs_backward", [grad_x, *found[0], *found[1]], gradients
 
 
 def _norm(source: Generator, dtype: torch.dtype) -> Trial:
