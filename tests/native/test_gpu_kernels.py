@@ -85,6 +85,39 @@ def test_rotation(dtype: torch.dtype, num_angles: int) -> None:
         assert_near(native.rotated(rows, cos, sin, back=back), right.detach())
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_of_several_adapters(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each adapter's begin anywhere, the first three are the base's, some have no dropout.
+
+    Transposed gradients go another way, forward and backward still agree.
+    """
+    torch.manual_seed(0)
+    x, weights = torch.randn(40, 48), (torch.randn(32, 48), torch.randn(24, 48))
+    parts = (
+        Part((0.5, 2.0), 0.4, "one row", slice(3, 4)),
+        Part((None, 0.5), 0.0, "without dropout", slice(4, 21)),
+        Part((3.0, 1), 0.2, "others", slice(21, 40)),
+    )
+    shared = SharedInput(weights, (None, torch.randn(24)), parts)
+    sizes = [(3, 32), (1, 24), (5, 24), (17, 32), (2, 24)]
+    factors = [
+        factor for rank, out in sizes for factor in (torch.randn(rank, 48), torch.randn(out, rank))
+    ]
+    leaves = [each.requires_grad_() for each in (x, *factors)]
+    gradients = [torch.randn(len(weight), 40).mT for weight in weights]
+
+    def values() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        outputs = low_rank_step(x, shared, factors)
+        given = gradients if transposed else [g.contiguous() for g in gradients]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, given)]
+
+    by_kernels = values()
+    monkeypatch.setattr(on_gpu, "covers", lambda rows: False)
+    for got, wanted in zip(by_kernels, values(), strict=True):
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
+
+
 def test_equal_inputs_give_equal_bits() -> None:
     torch.manual_seed(0)
     x, g, A, B = (torch.randn(*shape) for shape in ((300, 64), (300, 48), (8, 64), (48, 8)))
