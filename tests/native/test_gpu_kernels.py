@@ -133,6 +133,17 @@ def test_no_rows_give_gradients_of_zero() -> None:
     assert torch.equal(grad_Bs[0], torch.zeros(48, 8))
 
 
+def test_other_kernels_have_another_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Under which a checkpoint is not gone on with, since bits differ."""
+    name = native.build_name(torch.device("cuda"))
+    assert name.startswith("triton-")
+    assert native.build_name(torch.device("cuda")) == name
+    changed = tmp_path / "gpu_kernels.py"
+    changed.write_bytes(on_gpu._SOURCES[1].read_bytes() + b"# another sum")
+    monkeypatch.setattr(on_gpu, "_SOURCES", (on_gpu._SOURCES[0], changed))
+    assert native.build_name(torch.device("cuda")) != name
+
+
 def test_a_whole_step_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

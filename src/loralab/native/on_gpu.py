@@ -4,9 +4,11 @@ Given fake tensors (a plan), the calls make all they would make, and run nothing
 """
 
 import functools
+import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ _SPLIT_PROGRAMS = 128
 """About how many programs sum up rows, so that the largest GPUs have work for all."""
 _MOST_RANKS = 64
 _FLAT = 1024
+_SOURCES = (Path(__file__), Path(__file__).with_name("gpu_kernels.py"))
+"""What decides the kernels' bits beside Triton: their arithmetic, tiles and splits."""
 
 
 def covers(rows: Sequence[Tensor]) -> bool:
@@ -40,9 +44,12 @@ def covers(rows: Sequence[Tensor]) -> bool:
 
 
 def build_name() -> str:
-    """Which kernels run; "none" where torch's operations stand in."""
+    """Which kernels run, by Triton's version and their hash; "none" where there are none."""
     kernels = load_kernels()
-    return "none" if kernels is None else f"triton-{kernels.triton.__version__}"
+    if kernels is None:
+        return "none"
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES)).hexdigest()
+    return f"triton-{kernels.triton.__version__}-{digest[:16]}"
 
 
 @functools.cache
