@@ -211,9 +211,11 @@ def _outer(
 
 
 def _num_splits(x: Rows, pairs: Sequence[Pair]) -> int:
-    """Into how many splits rows are summed up: more where few columns leave processors idle."""
+    """Into how many splits rows are summed up: more where few tiles leave processors idle."""
     columns = min(x.shape[1], max(pair.rows.shape[1] for pair in pairs))
-    return min(_ceil(_SPLIT_PROGRAMS, _ceil(columns, 128)), max(1, _ceil(x.shape[0], 32)))
+    ranks = sum(pair.B.shape[1] for pair in pairs)
+    tiles = _ceil(columns, 128) * _ceil(ranks, _MOST_RANKS)
+    return min(_ceil(_SPLIT_PROGRAMS, tiles), max(1, _ceil(x.shape[0], 32)))
 
 
 def _expand(
