@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -12,12 +11,6 @@ from loralab.fusion.proof import agrees
 from loralab.native import training as native
 
 Rows = Float[Tensor, "rows width"]
-
-_KNOWN = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ def gate_of(activation: nn.Module) -> Gate:
     with unset_fake_temporarily(), torch.no_grad():
         x = torch.linspace(-6, 6, 96, dtype=torch.float64)
         wanted = activation(x)
-        made = {name: function(x) for name, function in _KNOWN.items()}
+        made = {name: act(x) for name, act in native.ACTIVATION_FUNCTIONS.items()}
     known = (name for name, each in made.items() if agrees(each, wanted))
     name = next(known, None)
     return Gate(activation, None if name is None else native.ACTIVATIONS.index(name))

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 
 from loralab.native import on_gpu
-from loralab.native.pairs import ACTIVATIONS, Mask, Pair
+from loralab.native.pairs import ACTIVATION_FUNCTIONS, Mask, Pair
 
 _TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Relative errors (2-norms) that rounding can cause."""
@@ -19,12 +19,6 @@ _ROWS, _WIDTH, _OUT = 72, 96, 160
 
 _RANKS = {8: True, 64: False}
 """Of the smallest tiles and of the largest, which a GPU may have no room for; whether masked."""
-
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 
 Trial = Iterator[tuple[str, Sequence[Tensor], Sequence[Tensor]]]
 """What was tried, what the kernel gave, and what torch gives in float64."""
@@ -89,10 +83,10 @@ def _norm(source: Generator, dtype: torch.dtype) -> Trial:
 
 
 def _gates(source: Generator, dtype: torch.dtype) -> Trial:
-    for number, name in enumerate(ACTIVATIONS):
+    for number, (name, function) in enumerate(ACTIVATION_FUNCTIONS.items()):
         gate, up, g = (_drawn(source, dtype, _ROWS, _WIDTH) for _ in range(3))
         wanted, gradients = _with_gradients(
-            lambda gate, up, act=_FUNCTIONS[name]: act(gate) * up, g, gate, up
+            lambda gate, up, act=function: act(gate) * up, g, gate, up
         )
         yield f"gated ({name})", [on_gpu.gated(gate, up, number)], [wanted]
         yield f"gated_backward ({name})", on_gpu.gated_backward(g, gate, up, number), gradients

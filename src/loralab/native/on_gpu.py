@@ -27,7 +27,8 @@ MOST_COLUMNS = 1 << 15
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SPLIT_PROGRAMS = 128
 """About how many programs sum up rows, so that the largest GPUs have work for all."""
-_MOST_RANKS = 64
+_ROWS, _COLUMNS, _MOST_RANKS = 32, 128, 64
+"""Of tiles."""
 _FLAT = 1024
 _SOURCES = (Path(__file__), Path(__file__).with_name("gpu_kernels.py"))
 """What decides the kernels' bits beside Triton: their arithmetic, tiles and splits."""
@@ -181,9 +182,9 @@ def _contracted(x: Rows, F: Tensor, mask: Mask | None) -> Float[Tensor, "rows ra
 def _contract(
     x: Rows, F: Tensor, out: Tensor, mask: Mask | None = None, *, scale: float | int = 1
 ) -> None:
-    """`out = s (m * x) F'`; a large F is read from fewer programs, each of more rows."""
+    """`out = s (m * x) F'`."""
     num_ranks = F.shape[0]
-    tile = _tile(x.dtype, num_ranks, rows=32, columns=128)
+    tile = _tile(x.dtype, num_ranks)
     grid = (_ceil(x.shape[0], tile["ROWS"]), _ceil(num_ranks, tile["RANKS"]))
     sizes = (*x.shape, num_ranks, *F.stride(), out.stride(0), float(scale))
     _run("contract", grid, x, F, out, *_given(mask, x), *sizes, MASKED=mask is not None, **tile)
@@ -201,7 +202,7 @@ def _outer(
     """`s a' (m * x)` of each split of the rows to a row of `sums`, or its transpose."""
     num_rows, num_columns = x.shape
     num_ranks, splits = a.shape[1], sums.shape[0]
-    tile = _tile(x.dtype, num_ranks, rows=32, columns=128)
+    tile = _tile(x.dtype, num_ranks)
     rows_per_split = _ceil(_ceil(num_rows, splits), tile["ROWS"]) * tile["ROWS"]
     strides = (1, num_ranks) if transposed else (num_columns, 1)
     sizes = (*x.shape, num_ranks, a.stride(0), sums.stride(0), *strides, float(scale))
@@ -214,8 +215,8 @@ def _num_splits(x: Rows, pairs: Sequence[Pair]) -> int:
     """Into how many splits rows are summed up: more where few tiles leave processors idle."""
     columns = min(x.shape[1], max(pair.rows.shape[1] for pair in pairs))
     ranks = sum(pair.B.shape[1] for pair in pairs)
-    tiles = _ceil(columns, 128) * _ceil(ranks, _MOST_RANKS)
-    return min(_ceil(_SPLIT_PROGRAMS, tiles), max(1, _ceil(x.shape[0], 32)))
+    tiles = _ceil(columns, _COLUMNS) * _ceil(ranks, _MOST_RANKS)
+    return min(_ceil(_SPLIT_PROGRAMS, tiles), max(1, _ceil(x.shape[0], _ROWS)))
 
 
 def _expand(
@@ -229,7 +230,7 @@ def _expand(
 ) -> None:
     """`y = s m * (a F)`, or that added to y."""
     num_ranks = F.shape[0]
-    tile = _tile(y.dtype, num_ranks, rows=64, columns=128)
+    tile = _tile(y.dtype, num_ranks, rows=2 * _ROWS)
     grid = (_ceil(y.shape[0], tile["ROWS"]), _ceil(y.shape[1], tile["COLUMNS"]))
     sizes = (*y.shape, num_ranks, a.stride(0), *F.stride(), float(scale))
     switches = {"ADDED": added, "MASKED": mask is not None}
@@ -237,13 +238,13 @@ def _expand(
 
 
 @functools.cache
-def _tile(dtype: torch.dtype, num_ranks: int, *, rows: int, columns: int) -> Mapping[str, Any]:
+def _tile(dtype: torch.dtype, num_ranks: int, *, rows: int = _ROWS) -> Mapping[str, Any]:
     """Tiles whose sides are powers of two, 16 at least; fp32 takes half the columns."""
     is_wide = dtype == torch.float32
     kernels = load_kernels()
     return {
         "ROWS": rows,
-        "COLUMNS": columns // 2 if is_wide else columns,
+        "COLUMNS": _COLUMNS // 2 if is_wide else _COLUMNS,
         "RANKS": max(16, min(_MOST_RANKS, _power(num_ranks))),
         "DOT": None if kernels is None else kernels.dot_type(dtype),
         "num_warps": 8 if is_wide else 4,

@@ -1,14 +1,24 @@
 """What the kernels of the training step are given, on a CPU and on a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-"""Of gates, by the kernels' numbers."""
+ACTIVATION_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    }
+)
+"""Of gates, in the order of the kernels' numbers."""
+
+ACTIVATIONS = tuple(ACTIVATION_FUNCTIONS)
 
 Rows = Float[Tensor, "rows _"]
 OtherRows = Float[Tensor, "_ _"]

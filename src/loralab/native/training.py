@@ -13,10 +13,19 @@ from torch import Tensor
 
 from loralab.native import on_cpu, on_gpu
 from loralab.native.on_cpu import COLUMNS, KERNEL, MOST_PAIRS, Attention
-from loralab.native.pairs import ACTIVATIONS, Mask, OtherRows, Pair, Rows
+from loralab.native.pairs import ACTIVATION_FUNCTIONS, ACTIVATIONS, Mask, OtherRows, Pair, Rows
 from loralab.placement import device_kind
 
-__all__ = ["ACTIVATIONS", "COLUMNS", "KERNEL", "MOST_PAIRS", "Attention", "Mask", "Pair"]
+__all__ = [
+    "ACTIVATIONS",
+    "ACTIVATION_FUNCTIONS",
+    "COLUMNS",
+    "KERNEL",
+    "MOST_PAIRS",
+    "Attention",
+    "Mask",
+    "Pair",
+]
 
 _KERNELS: dict[str, ModuleType] = {"cpu": on_cpu, "cuda": on_gpu}
 
