@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from loralab.config import RunConfig
 from loralab.native import on_gpu
 from loralab.placement import planned_for
-from loralab.planning import find_device
+from loralab.planning import DEVICES, find_device
 from loralab.planning.blocks import places_of
 from loralab.planning.devices import Device
 from loralab.planning.facts import rules_for
@@ -202,7 +202,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="one line of JSON")
-    parser.add_argument("--device", default="h100", help="a GPU's name, as `loralab plan` knows it")
+    parser.add_argument("--device", default="h100", choices=sorted(DEVICES))
     parser.add_argument("--model", default="llama-3.2-1b")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rows", type=int, default=16)
