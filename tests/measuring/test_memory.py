@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from loralab.measuring import live_bytes, median_step_seconds, peak_live_bytes
+from loralab.measuring import live_bytes, median_step_seconds, peak_live_bytes, watch_peak
 
 MILLION = 1_000_000
 TOLERANCE = 64 * 1024  # scalars and the profiler's own tensors
@@ -76,6 +76,22 @@ def test_a_gradient_that_is_left_over_counts() -> None:
     before = live_bytes()
     (weight * 2).sum().backward()
     assert live_bytes() - before == 4 * MILLION
+
+
+def test_what_nobody_can_reach_is_not_counted() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        before = live_bytes()
+        model = nn.Linear(1000, 1000)
+        vars(model)["itself"] = model  # a circle that the collector alone can free
+        del model
+        assert live_bytes() >= before + 4_000_000
+        with watch_peak(torch.device("cpu")) as watched:
+            torch.ones(1000)
+    finally:
+        gc.enable()
+    assert watched.peak_bytes == pytest.approx(before + 4000, abs=1000)
 
 
 def test_the_median_ignores_the_slow_few_and_the_warmup() -> None:
